@@ -1,0 +1,29 @@
+"""paxattn: PagedAttention for JAX. The life of a KV cache as one jitted pure function over immutable pytrees.
+
+import paxattn as pax
+
+pax.generate(model, prompt_ids, prompt_length, max_new_tokens=64)      the whole flow
+pax.append, fork, truncate, free                                       the verbs it is made of
+pax.paged_attention                                                    the kernel underneath
+"""
+
+from paxattn.attention import attend
+from paxattn.blocks import NULL, Blocks, allocate, release, retain
+from paxattn.cache import KV, Cache, CacheSpec, Plan, extend, view, write
+from paxattn.decoding.generate import Generation, finish, generate, prefill_budget, start
+from paxattn.decoding.model import Model
+from paxattn.decoding.sampling import Sampling
+from paxattn.decoding.step import Finish, State, advance, step
+from paxattn.pages import PageTable, append, fork, free, locate, truncate, violations
+from paxattn.status import PagingError, Status, check
+from paxattn.version import __version__
+from pallas_kernels import paged_attention
+
+__all__ = [  # noqa: RUF022 - in the order that a newcomer meets them
+    "generate", "Generation", "Finish", "Model", "Sampling",
+    "start", "advance", "step", "finish", "State", "prefill_budget",
+    "Cache", "CacheSpec", "KV", "Plan", "extend", "write", "view", "attend", "paged_attention",
+    "PageTable", "append", "fork", "truncate", "free", "locate", "violations",
+    "Blocks", "allocate", "retain", "release", "NULL",
+    "Status", "check", "PagingError", "__version__",
+]  # fmt: skip

@@ -1,6 +1,6 @@
 """One layer's attention through the page table: write the new tokens, then look at all of them.
 
-    q, k, v of T tokens --write--> pools --paged_attention(pages)--> out of T tokens
+q, k, v of T tokens --write--> pools --paged_attention(pages)--> out of T tokens
 """
 
 from paxattn.cache import KV, Plan, write

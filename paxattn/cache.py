@@ -64,7 +64,9 @@ class Cache:
         shape = (num_blocks, spec.num_kv_heads, block_size, spec.head_dim)
         return Cache(
             table,
-            tuple(KV(jnp.zeros(shape, spec.dtype), jnp.zeros(shape, spec.dtype)) for _ in range(spec.num_layers)),
+            tuple(
+                KV(jnp.zeros(shape, spec.dtype), jnp.zeros(shape, spec.dtype)) for _ in range(spec.num_layers)
+            ),
         )
 
 

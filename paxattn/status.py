@@ -1,7 +1,7 @@
 """Failure as data: inside jit a verb answers with a status, and the host raises once, at the end.
 
-    jit    append(table, count) -> (the same table, bit for bit, OUT_OF_BLOCKS)
-    host   check(status)        -> PagingError: OUT_OF_BLOCKS: no free block was left ...
+jit    append(table, count) -> (the same table, bit for bit, OUT_OF_BLOCKS)
+host   check(status)        -> PagingError: OUT_OF_BLOCKS: no free block was left ...
 """
 
 import enum

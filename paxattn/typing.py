@@ -1,14 +1,14 @@
 """Shapes are types: the letters that every signature uses, and the frozen pytree that every state is.
 
-    B  rows (sequences), max_num_seqs      K, H  KV heads, query heads (H = K * G)
-    T  tokens fed in one step, all rows    D     head size
-    P  pages a row                         L     layers
-    N  blocks in a pool                    E, V  model width, vocabulary
-    S  slots a block: the block size       M     tokens a row can hold
+B  rows (sequences), max_num_seqs      K, H  KV heads, query heads (H = K * G)
+T  tokens fed in one step, all rows    D     head size
+P  pages a row                         L     layers
+N  blocks in a pool                    E, V  model width, vocabulary
+S  slots a block: the block size       M     tokens a row can hold
 
-    PageTable              Blocks                 pool of one layer [N, K, S, D]
-    row 0: [ 3 | 1 | . ]   refcount[N]            block 0: NULL, never handed out
-    row 1: [ 3 | 5 | . ]   [0 1 0 2 0 1 ...]      block 3: shared by rows 0 and 1
+PageTable              Blocks                 pool of one layer [N, K, S, D]
+row 0: [ 3 | 1 | . ]   refcount[N]            block 0: NULL, never handed out
+row 1: [ 3 | 5 | . ]   [0 1 0 2 0 1 ...]      block 3: shared by rows 0 and 1
 """
 
 import dataclasses
@@ -42,9 +42,7 @@ def struct(cls: type) -> type:
 
     def flatten_with_keys(self):
         children, aux = flatten(self)
-        return tuple(
-            (jax.tree_util.GetAttrKey(n), c) for n, c in zip(leaves, children, strict=True)
-        ), aux
+        return tuple((jax.tree_util.GetAttrKey(n), c) for n, c in zip(leaves, children, strict=True)), aux
 
     def unflatten(aux, children):
         self = object.__new__(cls)

@@ -1,0 +1,47 @@
+"""The parts of a Llama layer that hold no state: normalisation and rotary position embedding.
+
+    rope: a head [x1 | x2] is turned by the angle position * frequency[i]:
+          [x1 cos - x2 sin | x2 cos + x1 sin]        (halves, as Hugging Face stores them)
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from models.config import LlamaConfig
+
+
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+    """Root-mean-square norm over the last axis, in float32 (Zhang and Sennrich 2019)."""
+    wide = x.astype(jnp.float32)
+    scaled = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    return scaled.astype(x.dtype) * weight
+
+
+def rope_frequencies(config: LlamaConfig) -> jax.Array:
+    """Radians a position for each pair of a head, float32 [D / 2]; rope types default, linear, llama3."""
+    rope = config.rope
+    frequency = rope.rope_theta ** (-jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim)
+    if rope.rope_type == "linear":
+        return frequency / rope.factor
+    if rope.rope_type == "llama3":
+        # Long waves are stretched by `factor`, short ones kept, those between blended (Llama 3.1).
+        turns = rope.original_max_position_embeddings * frequency / (2 * math.pi)
+        blend = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+        blend = jnp.clip(blend, 0, 1)
+        return frequency * (blend + (1 - blend) / rope.factor)
+    return frequency
+
+
+def rope_angles(config: LlamaConfig, position: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine, float32 [T, 1, D / 2], of the tokens' positions [T]; once a step, for all layers."""
+    angle = position.astype(jnp.float32)[:, None, None] * rope_frequencies(config)
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def apply_rope(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Turns heads [T, n, D] by their tokens' angles (Su et al. 2021)."""
+    cos, sin = angles
+    low, high = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1).astype(x.dtype)

@@ -1,0 +1,139 @@
+"""Llama over packed tokens and a plan: Llama 2 to 3.2, SmolLM2, TinyLlama, Mistral.
+
+    tokens [T] -> embed -> L x ( norm -> qkv -> rope -> attend(pages) -> out -> + -> norm -> gate, up -> down -> + )
+                                                                          -> norm -> hidden [T, E] -> logits
+
+Layers are unrolled and each holds arrays of its own: a scan over stacked weights copies them. Weights lie
+[in, out]; the query heads of a KV head and its key and value are one matrix [E, K, G + 2, D], gate and up are
+one [E, 2, F]: two matmuls where the checkpoint has five.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+import paxattn as pax
+from models.config import LlamaConfig
+from models.layers import apply_rope, rms_norm, rope_angles
+
+Init = Callable[[str, tuple[int, ...]], jax.Array]
+"""Gives the array of a parameter by name and shape: random numbers, a checkpoint's tensor, or just a shape."""
+
+
+class Layer(nnx.Module):
+    """Attention and MLP with their norms; parameters are named as they are shaped."""
+
+    def __init__(self, config: LlamaConfig, init: Init):
+        embed, heads, kv_heads, dim = (
+            config.hidden_size,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+        )
+        width, mlp = heads // kv_heads + 2, config.intermediate_size
+        self.config = config
+        self.attention_norm = nnx.Param(init("attention_norm", (embed,)))
+        self.qkv = nnx.Param(init("qkv", (embed, kv_heads, width, dim)))
+        self.out = nnx.Param(init("out", (heads * dim, embed)))
+        self.mlp_norm = nnx.Param(init("mlp_norm", (embed,)))
+        self.gate_up = nnx.Param(init("gate_up", (embed, 2, mlp)))
+        self.down = nnx.Param(init("down", (mlp, embed)))
+        if config.attention_bias:
+            self.qkv_bias = nnx.Param(init("qkv_bias", (kv_heads, width, dim)))
+            self.out_bias = nnx.Param(init("out_bias", (embed,)))
+        if config.mlp_bias:
+            self.gate_up_bias = nnx.Param(init("gate_up_bias", (2, mlp)))
+            self.down_bias = nnx.Param(init("down_bias", (embed,)))
+
+    def __call__(self, x: jax.Array, angles, plan: pax.Plan, kv: pax.KV) -> tuple[jax.Array, pax.KV]:
+        """x [T, E] -> x [T, E] and the layer's pools."""
+        config = self.config
+        attended, kv = self._attention(rms_norm(x, self.attention_norm[...], config.rms_norm_eps), angles, plan, kv)
+        x = x + attended
+        return x + self._mlp(rms_norm(x, self.mlp_norm[...], config.rms_norm_eps)), kv
+
+    def _attention(self, x, angles, plan, kv):
+        config = self.config
+        qkv = jnp.einsum("te,ekgd->tkgd", x, self.qkv[...])
+        if config.attention_bias:
+            qkv = qkv + self.qkv_bias[...]
+        q = qkv[:, :, :-2].reshape(x.shape[0], config.num_attention_heads, config.head_dim)
+        k, v = qkv[:, :, -2], qkv[:, :, -1]
+        out, kv = pax.attend(
+            apply_rope(q, angles), apply_rope(k, angles), v, kv, plan, sliding_window=config.sliding_window
+        )
+        out = out.reshape(x.shape[0], -1) @ self.out[...]
+        return (out + self.out_bias[...] if config.attention_bias else out), kv
+
+    def _mlp(self, x):
+        gate_up = jnp.einsum("te,ecf->tcf", x, self.gate_up[...])
+        if self.config.mlp_bias:
+            gate_up = gate_up + self.gate_up_bias[...]
+        out = (jax.nn.silu(gate_up[:, 0]) * gate_up[:, 1]) @ self.down[...]
+        return out + self.down_bias[...] if self.config.mlp_bias else out
+
+
+class Llama(nnx.Module):
+    """A decoder that fulfils `paxattn.Model`.
+
+    Args:
+      config: sizes and switches.
+      init: called once for each parameter with its dotted name ("layers.3.qkv") and shape.
+    """
+
+    def __init__(self, config: LlamaConfig, init: Init):
+        self.config = config
+        self.embed = nnx.Param(init("embed", (config.vocab_size, config.hidden_size)))
+        self.layers = nnx.List(
+            Layer(config, lambda name, shape, i=i: init(f"layers.{i}.{name}", shape))
+            for i in range(config.num_hidden_layers)
+        )
+        self.norm = nnx.Param(init("norm", (config.hidden_size,)))
+        if not config.tie_word_embeddings:
+            self.head = nnx.Param(init("head", (config.hidden_size, config.vocab_size)))
+
+    @property
+    def vocab_size(self) -> int:
+        """V."""
+        return self.config.vocab_size
+
+    @property
+    def cache_spec(self) -> pax.CacheSpec:
+        """The cache has the parameters' dtype."""
+        config = self.config
+        return pax.CacheSpec(
+            config.num_hidden_layers, config.num_key_value_heads, config.head_dim, self.embed[...].dtype
+        )
+
+    def __call__(
+        self, tokens: jax.Array, plan: pax.Plan, layers: tuple[pax.KV, ...]
+    ) -> tuple[jax.Array, tuple[pax.KV, ...]]:
+        """tokens int32 [T] -> hidden [T, E], normed, and the pools with the tokens' keys and values."""
+        x = self.embed[...][tokens]
+        angles = rope_angles(self.config, plan.position)
+        pools = []
+        for layer, kv in zip(self.layers, layers, strict=True):
+            x, kv = layer(x, angles, plan, kv)
+            pools.append(kv)
+        return rms_norm(x, self.norm[...], self.config.rms_norm_eps), tuple(pools)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """hidden [n, E] -> float32 [n, V]."""
+        if self.config.tie_word_embeddings:
+            return jnp.einsum("ne,ve->nv", hidden, self.embed[...], preferred_element_type=jnp.float32)
+        return jnp.einsum("ne,ev->nv", hidden, self.head[...], preferred_element_type=jnp.float32)
+
+
+def random_llama(config: LlamaConfig, key: jax.Array, dtype: jnp.dtype = jnp.float32) -> Llama:
+    """A Llama of random weights, for benchmarks and tests: norms 1, the rest normal / sqrt(fan in)."""
+
+    def init(name: str, shape: tuple[int, ...]) -> jax.Array:
+        nonlocal key
+        if name.endswith("norm"):
+            return jnp.ones(shape, dtype)
+        key, mine = jax.random.split(key)
+        return (jax.random.normal(mine, shape, jnp.float32) * shape[0] ** -0.5).astype(dtype)
+
+    return Llama(config, init)

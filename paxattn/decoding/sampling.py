@@ -1,0 +1,138 @@
+"""Picking the next token: every knob is an array with one value a row, so that a sweep compiles once.
+
+    logits -- repetition penalty -- temperature -- top-k -- top-p -- min-p -- + Gumbel noise -- arg-max
+                                    0: greedy       cutoffs: "keep what is >= a threshold"
+
+What no row of the batch uses is skipped at run time. Noise comes from fold_in(row's key, position), so a
+row's tokens depend on neither its batch mates nor its place. Order and names are Hugging Face's; ties at a
+cutoff are all kept. Top-p: Holtzman et al. 2020. Min-p: Nguyen et al. 2024. Penalty: Keskar et al. 2019.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from paxattn.typing import Array, Bool, Float32, Int32, Key, struct
+
+
+@struct
+class Sampling:
+    """How each row picks. The defaults of `create` are greedy."""
+
+    temperature: Float32[Array, "B"]
+    top_k: Int32[Array, "B"]
+    top_p: Float32[Array, "B"]
+    min_p: Float32[Array, "B"]
+    repetition_penalty: Float32[Array, "B"]
+    key: Key[Array, "B"]
+
+    @staticmethod
+    def create(
+        num_rows: int,
+        *,
+        temperature=0.0,
+        top_k=0,
+        top_p=1.0,
+        min_p=0.0,
+        repetition_penalty=1.0,
+        key: Key[Array, "..."] | None = None,
+    ) -> "Sampling":
+        """Numbers or [B] arrays for each knob; one key (folded with the row number) or one a row."""
+        key = jax.random.key(0) if key is None else key
+        keys = key if key.ndim else jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(num_rows))
+
+        def per_row(value, dtype):
+            return jnp.broadcast_to(jnp.asarray(value, dtype), (num_rows,))
+
+        return Sampling(
+            per_row(temperature, jnp.float32),
+            per_row(top_k, jnp.int32),
+            per_row(top_p, jnp.float32),
+            per_row(min_p, jnp.float32),
+            per_row(repetition_penalty, jnp.float32),
+            keys,
+        )
+
+
+def pick(
+    logits: Float32[Array, "B V"],
+    sampling: Sampling,
+    tokens: Int32[Array, "B M"],
+    known: Int32[Array, "B"],
+) -> tuple[Int32[Array, "B"], Float32[Array, "B"]]:
+    """The next token of each row, and its log-probability under the model (before any knob).
+
+    Args:
+      logits: the model's scores.
+      sampling: the knobs.
+      tokens: prompt and generated tokens so far, for the repetition penalty.
+      known: how many of `tokens` count; also the position that the new token takes.
+    """
+    penalised = jax.lax.cond(
+        jnp.any(sampling.repetition_penalty != 1),
+        lambda: _penalise(logits, sampling.repetition_penalty, tokens, known),
+        lambda: logits,
+    )
+    token = jax.lax.cond(
+        jnp.any(sampling.temperature > 0),
+        lambda: _sample(penalised, sampling, known),
+        lambda: jnp.argmax(penalised, axis=-1).astype(jnp.int32),
+    )
+    chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
+    return token, chosen - jax.nn.logsumexp(logits, axis=-1)
+
+
+def _penalise(logits, penalty, tokens, known):
+    row = jnp.arange(logits.shape[0])[:, None]
+    counted = jnp.arange(tokens.shape[1]) < known[:, None]
+    seen = (
+        jnp.zeros(logits.shape, bool)
+        .at[row, jnp.where(counted, tokens, logits.shape[1])]
+        .set(True, mode="drop")
+    )
+    scaled = jnp.where(logits > 0, logits / penalty[:, None], logits * penalty[:, None])
+    return jnp.where(seen, scaled, logits)
+
+
+def _sample(logits, sampling, known):
+    greedy = sampling.temperature <= 0
+    scaled = logits / jnp.where(greedy, 1, sampling.temperature)[:, None]
+    filters = (sampling.top_k > 0) | (sampling.top_p < 1) | (sampling.min_p > 0)
+    kept = jax.lax.cond(
+        jnp.any(filters), lambda: keep(scaled, sampling), lambda: jnp.ones(logits.shape, bool)
+    )
+    noise = jax.vmap(lambda k, at: jax.random.gumbel(jax.random.fold_in(k, at), logits.shape[1:]))
+    noisy = jnp.where(kept, scaled + noise(sampling.key, known), -jnp.inf)
+    return jnp.argmax(jnp.where(greedy[:, None], logits, noisy), axis=-1).astype(jnp.int32)
+
+
+def keep(logits: Float32[Array, "B V"], sampling: Sampling) -> Bool[Array, "B V"]:
+    """Tokens that survive top-k, then top-p of what is left, then min-p."""
+    vocabulary = logits.shape[1]
+    ones = jnp.ones_like(logits)
+    k = jnp.where(sampling.top_k > 0, jnp.minimum(sampling.top_k, vocabulary), vocabulary)
+    kept = logits >= _cutoff(logits, ones, k.astype(jnp.float32))[:, None]
+    probability = jax.nn.softmax(jnp.where(kept, logits, -jnp.inf), axis=-1)
+    nucleus = logits >= _cutoff(logits, probability, sampling.top_p)[:, None]
+    kept &= nucleus | (sampling.top_p >= 1)[:, None]
+    top = jnp.max(probability, axis=-1, keepdims=True)
+    return kept & (probability >= sampling.min_p[:, None] * top)
+
+
+def _cutoff(value: Float32[Array, "B V"], weight: Float32[Array, "B V"], goal: Float32[Array, "B"]):
+    """The largest t with sum(weight where value >= t) >= goal: top-k and top-p without sorting V.
+
+    Bisection on the bits of a float, whose order as integers is that of the floats: 32 halvings are exact.
+    """
+    bits = jax.lax.bitcast_convert_type(value, jnp.int32)
+    order = jnp.where(bits < 0, ~bits ^ jnp.int32(-(2**31)), bits)
+
+    def halve(_, bounds):
+        low, high = bounds  # low always reaches the goal
+        middle = (low >> 1) + (high >> 1) + ((low | high) & 1)  # rounds up, never overflows
+        mass = jnp.sum(jnp.where(order >= middle[:, None], weight, 0), axis=-1)
+        reached = mass >= goal
+        return jnp.where(reached, middle, low), jnp.where(reached, high, middle - 1)
+
+    low, _ = jax.lax.fori_loop(0, 32, halve, (jnp.min(order, axis=-1), jnp.max(order, axis=-1)))
+    back = jnp.where(low < 0, ~(low ^ jnp.int32(-(2**31))), low)
+    return jax.lax.bitcast_convert_type(back, jnp.float32)

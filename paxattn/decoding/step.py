@@ -1,0 +1,173 @@
+"""One step of a batch, and the state that it turns: feed, pick, retire.
+
+    tokens   [ p p p p p g g . . . ]      known: prompt + generated so far
+    cached   [ x x x x . . . . . . ]      length of the row's page table: already fed
+                      \\ pending /         fed next, as far as the token budget goes
+
+A row whose pending tokens are all fed picks its next token; a finished row gives its blocks back at once.
+"""
+
+import enum
+
+import jax
+import jax.numpy as jnp
+
+from paxattn.cache import Cache, extend
+from paxattn.decoding.model import Model
+from paxattn.decoding.sampling import Sampling, pick
+from paxattn.pages import free
+from paxattn.status import Status
+from paxattn.typing import Array, Bool, Float32, Int32, struct
+
+
+class Finish(enum.IntEnum):
+    """Why a row ended; its lower-case name is what users read."""
+
+    RUNNING = 0
+    STOP = 1  # an eos token or a stop string
+    LENGTH = 2
+    OUT_OF_BLOCKS = 3
+    NOT_FINITE = 4  # NaN in the row's logits
+
+    @property
+    def label(self) -> str:
+        """The finish reason in results and JSON."""
+        return self.name.lower()
+
+
+@struct
+class Stats:
+    """Counters of a run, int32 scalars. Blocks are counted when a page cell gains or loses one."""
+
+    steps: Int32[Array, ""]
+    prefill_steps: Int32[Array, ""]
+    tokens_fed: Int32[Array, ""]
+    blocks_allocated: Int32[Array, ""]
+    blocks_freed: Int32[Array, ""]
+    blocks_copied: Int32[Array, ""]
+    blocks_peak: Int32[Array, ""]
+
+    @staticmethod
+    def zeros() -> "Stats":
+        """Nothing counted yet."""
+        return Stats(*(jnp.zeros((), jnp.int32) for _ in range(7)))
+
+
+@struct
+class State:
+    """A batch in flight."""
+
+    cache: Cache
+    tokens: Int32[Array, "B M"]
+    logprobs: Float32[Array, "B M"]
+    known: Int32[Array, "B"]
+    prompt_length: Int32[Array, "B"]
+    limit: Int32[Array, "B"]
+    finish: Int32[Array, "B"]
+    eos: Int32[Array, "eos"]
+    sampling: Sampling
+    status: Int32[Array, ""]
+    stats: Stats
+
+    @property
+    def running(self) -> Bool[Array, "B"]:
+        """Rows that still want tokens."""
+        return self.finish == Finish.RUNNING
+
+    @property
+    def pending(self) -> Int32[Array, "B"]:
+        """Known tokens that are not in the cache yet: 1 when decoding, more in prefill."""
+        return jnp.where(self.running, self.known - self.cache.table.length, 0)
+
+
+def share(pending: Int32[Array, "B"], budget: int) -> Int32[Array, "B"]:
+    """How many tokens each row feeds: rows with one pending token first, the rest to prompts in row order."""
+    single = (pending == 1).astype(jnp.int32)
+    prompts = pending - single
+    before = jnp.cumsum(prompts) - prompts
+    return single + jnp.clip(budget - jnp.sum(single) - before, 0, prompts)
+
+
+def step(model: Model, state: State, *, budget: int, attention: str = "auto") -> State:
+    """Feeds up to `budget` tokens (at least one a row must fit), picks, retires, frees.
+
+    When blocks run out the rows still running end as OUT_OF_BLOCKS with what they have.
+    """
+    before = state.cache.table.blocks.num_used
+    count = share(state.pending, budget)
+    cache, plan, status = extend(state.cache, count, budget=budget, attention=attention)
+    ok = status == Status.OK
+    held = cache.table.blocks.num_used
+
+    fed = jnp.where(plan.live, state.tokens[plan.row, plan.position], 0)
+    hidden, layers = model(fed, plan, cache.layers)
+    picks = ok & (count > 0) & (cache.table.length == state.known)
+    logits = model.logits(hidden[plan.last])
+    token, logprob = pick(logits, state.sampling, state.tokens, state.known)
+    finite = ~jnp.isnan(logits).any(axis=-1)
+
+    row = jnp.arange(state.known.size)
+    column = jnp.where(picks & finite, state.known, state.tokens.shape[1])
+    known = state.known + (picks & finite)
+    finish = _finish(state, picks, finite, token, known, status)
+    table = free(cache.table, (finish != Finish.RUNNING) & (cache.table.length > 0))
+
+    stats = Stats(
+        steps=state.stats.steps + 1,
+        prefill_steps=state.stats.prefill_steps + jnp.any(count > 1),
+        tokens_fed=state.stats.tokens_fed + jnp.where(ok, jnp.sum(count), 0),
+        blocks_allocated=state.stats.blocks_allocated + held - before,
+        blocks_freed=state.stats.blocks_freed + held - table.blocks.num_used,
+        blocks_copied=state.stats.blocks_copied + plan.copies.count,
+        blocks_peak=jnp.maximum(state.stats.blocks_peak, held),
+    )
+    return State(
+        Cache(table, layers),
+        state.tokens.at[row, column].set(token, mode="drop"),
+        state.logprobs.at[row, column].set(logprob, mode="drop"),
+        known,
+        state.prompt_length,
+        state.limit,
+        finish,
+        state.eos,
+        state.sampling,
+        jnp.where(state.status == Status.OK, status, state.status),
+        stats,
+    )
+
+
+def _finish(state, picks, finite, token, known, status):
+    ended = jnp.where(known >= state.limit, Finish.LENGTH, Finish.RUNNING)
+    ended = jnp.where((token[:, None] == state.eos).any(axis=-1), Finish.STOP, ended)
+    ended = jnp.where(finite, ended, Finish.NOT_FINITE)
+    finish = jnp.where(picks, ended, state.finish)
+    stuck = state.running & (status != Status.OK)
+    return jnp.where(stuck, Finish.OUT_OF_BLOCKS, finish).astype(jnp.int32)
+
+
+def advance(
+    model: Model,
+    state: State,
+    *,
+    budget: int,
+    steps: Int32[Array, ""] | int | None = None,
+    attention: str = "auto",
+) -> State:
+    """Runs the batch until every row has ended, or for `steps` more steps: one `lax.while_loop`, two bodies.
+
+    While a row has a prompt to feed the token axis is `budget` long; once all rows decode it is one token a
+    row. Both bodies update the pools in place.
+    """
+    rows = state.known.size
+    end = jnp.int32(2**31 - 1) if steps is None else state.stats.steps + steps
+
+    def prefill(state):
+        return step(model, state, budget=max(budget, rows), attention=attention)
+
+    def decode(state):
+        return step(model, state, budget=rows, attention=attention)
+
+    def body(state):
+        return jax.lax.cond(jnp.any(state.pending > 1), prefill, decode, state)
+
+    return jax.lax.while_loop(lambda s: jnp.any(s.running) & (s.stats.steps < end), body, state)
