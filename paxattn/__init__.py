@@ -7,6 +7,7 @@ pax.append, fork, truncate, free                                       the verbs
 pax.paged_attention                                                    the kernel underneath
 """
 
+from pallas_kernels import paged_attention
 from paxattn.attention import attend
 from paxattn.blocks import NULL, Blocks, allocate, release, retain
 from paxattn.cache import KV, Cache, CacheSpec, Plan, extend, view, write
@@ -17,7 +18,6 @@ from paxattn.decoding.step import Finish, State, advance, step
 from paxattn.pages import PageTable, append, fork, free, locate, truncate, violations
 from paxattn.status import PagingError, Status, check
 from paxattn.version import __version__
-from pallas_kernels import paged_attention
 
 __all__ = [  # noqa: RUF022 - in the order that a newcomer meets them
     "generate", "Generation", "Finish", "Model", "Sampling",

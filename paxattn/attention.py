@@ -3,9 +3,9 @@
 q, k, v of T tokens --write--> pools --paged_attention(pages)--> out of T tokens
 """
 
+from pallas_kernels import paged_attention
 from paxattn.cache import KV, Plan, write
 from paxattn.typing import Array, Float
-from pallas_kernels import paged_attention
 
 
 def attend(

@@ -1,0 +1,95 @@
+"""Shape cases by name, shared by tests, benchmarks and ablations.
+
+    lengths  tokens each row holds, its queries included      counts  queries of each row (0: idle)
+
+`make` draws the arrays of a case: pages at random, NaN in every slot that no row holds.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One call of paged attention."""
+
+    lengths: tuple[int, ...]
+    counts: tuple[int, ...]
+    heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 16
+    block_size: int = 4
+    idle: int = 0  # tokens on the axis that belong to no row
+    shared: bool = False  # rows share the blocks of row 0 as far as they go
+    sliding_window: int | None = None
+    soft_cap: float | None = None
+    scale: float | None = None
+
+    @property
+    def options(self) -> dict:
+        """Keyword arguments of the call."""
+        return {"sliding_window": self.sliding_window, "soft_cap": self.soft_cap, "scale": self.scale}
+
+
+class Arrays(NamedTuple):
+    """Positional arguments of `paged_attention`, NumPy."""
+
+    q: np.ndarray
+    k_pool: np.ndarray
+    v_pool: np.ndarray
+    pages: np.ndarray
+    length: np.ndarray
+    query_start: np.ndarray
+
+
+CASES = {
+    "decode": Case((5, 8, 1, 13), (1, 1, 1, 1)),
+    "decode-mha": Case((9, 3), (1, 1), heads=3, kv_heads=3),
+    "decode-mqa": Case((9, 3), (1, 1), heads=5, kv_heads=1),
+    "decode-idle-rows": Case((5, 0, 7), (1, 0, 1), idle=1),
+    "decode-block-edges": Case((3, 4, 5, 8, 9), (1, 1, 1, 1, 1)),
+    "decode-block-1": Case((3, 7, 1), (1, 1, 1), block_size=1),
+    "decode-block-16": Case((300, 17, 16, 15, 1), (1, 1, 1, 1, 1), block_size=16),
+    "decode-block-256": Case((300, 256, 257, 2), (1, 1, 1, 1), block_size=256),
+    "decode-giant-among-tiny": Case((700, 1, 1, 2, 1), (1, 1, 1, 1, 1), block_size=16),
+    "decode-shared": Case((12, 9, 5), (1, 1, 1), shared=True),
+    "decode-window": Case((3, 4, 5, 40), (1, 1, 1, 1), sliding_window=4),
+    "decode-window-1": Case((3, 40), (1, 1), sliding_window=1),
+    "decode-window-beyond-a-chunk": Case((500, 200), (1, 1), sliding_window=40),
+    "decode-soft-cap": Case((5, 30), (1, 1), soft_cap=2.0),
+    "decode-scale": Case((5, 30), (1, 1), scale=0.7),
+    "verify": Case((9, 20, 6), (4, 4, 4)),
+    "prefill-one-row": Case((130,), (130,), block_size=16),
+    "prefill-ragged": Case((70, 1, 7, 33), (70, 1, 7, 33), block_size=16),
+    "prefill-chunked": Case((90, 40, 12), (30, 1, 12), idle=5, block_size=16),
+    "prefill-window": Case((90, 20), (70, 20), sliding_window=17),
+    "mixed": Case((64, 31, 0, 8, 200), (16, 1, 0, 8, 1), idle=3),
+}
+
+
+def make(case: Case, seed: int = 0, dtype=np.float32) -> Arrays:
+    """The arrays of a case; block names are random, block 0 and every slot that no row holds are NaN."""
+    rng = np.random.default_rng(seed)
+    rows, size = len(case.lengths), case.block_size
+    pages_of = [-(-n // size) for n in case.lengths]
+    width = max(*pages_of, 1) + 1
+    num_blocks = 2 + rows * width
+    pages = rng.permutation(num_blocks - 1)[: rows * width].reshape(rows, width) + 1
+    if case.shared:
+        pages = np.broadcast_to(pages[:1], pages.shape)
+    pages = np.where(np.arange(width) < np.array(pages_of)[:, None], pages, 0).astype(np.int32)
+
+    held = np.zeros((num_blocks, size), bool)
+    for row, length in enumerate(case.lengths):
+        at = np.arange(length)
+        held[pages[row, at // size], at % size] = True
+    shape = (num_blocks, case.kv_heads, size, case.head_dim)
+
+    def pool():
+        return np.where(held[:, None, :, None], rng.standard_normal(shape), np.nan).astype(dtype)
+
+    q = rng.standard_normal((sum(case.counts) + case.idle, case.heads, case.head_dim)).astype(dtype)
+    query_start = np.concatenate([[0], np.cumsum(case.counts)]).astype(np.int32)
+    return Arrays(q, pool(), pool(), pages, np.array(case.lengths, np.int32), query_start)
