@@ -1,7 +1,7 @@
 """The parts of a Llama layer that hold no state: normalisation and rotary position embedding.
 
-    rope: a head [x1 | x2] is turned by the angle position * frequency[i]:
-          [x1 cos - x2 sin | x2 cos + x1 sin]        (halves, as Hugging Face stores them)
+rope: a head [x1 | x2] is turned by the angle position * frequency[i]:
+      [x1 cos - x2 sin | x2 cos + x1 sin]        (halves, as Hugging Face stores them)
 """
 
 import math

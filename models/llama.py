@@ -48,9 +48,11 @@ class Layer(nnx.Module):
             self.down_bias = nnx.Param(init("down_bias", (embed,)))
 
     def __call__(self, x: jax.Array, angles, plan: pax.Plan, kv: pax.KV) -> tuple[jax.Array, pax.KV]:
-        """x [T, E] -> x [T, E] and the layer's pools."""
+        """X [T, E] -> x [T, E] and the layer's pools."""
         config = self.config
-        attended, kv = self._attention(rms_norm(x, self.attention_norm[...], config.rms_norm_eps), angles, plan, kv)
+        attended, kv = self._attention(
+            rms_norm(x, self.attention_norm[...], config.rms_norm_eps), angles, plan, kv
+        )
         x = x + attended
         return x + self._mlp(rms_norm(x, self.mlp_norm[...], config.rms_norm_eps)), kv
 
@@ -110,7 +112,7 @@ class Llama(nnx.Module):
     def __call__(
         self, tokens: jax.Array, plan: pax.Plan, layers: tuple[pax.KV, ...]
     ) -> tuple[jax.Array, tuple[pax.KV, ...]]:
-        """tokens int32 [T] -> hidden [T, E], normed, and the pools with the tokens' keys and values."""
+        """Tokens int32 [T] -> hidden [T, E], normed, and the pools with the tokens' keys and values."""
         x = self.embed[...][tokens]
         angles = rope_angles(self.config, plan.position)
         pools = []
@@ -120,7 +122,7 @@ class Llama(nnx.Module):
         return rms_norm(x, self.norm[...], self.config.rms_norm_eps), tuple(pools)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """hidden [n, E] -> float32 [n, V]."""
+        """Hidden [n, E] -> float32 [n, V]."""
         if self.config.tie_word_embeddings:
             return jnp.einsum("ne,ve->nv", hidden, self.embed[...], preferred_element_type=jnp.float32)
         return jnp.einsum("ne,ev->nv", hidden, self.head[...], preferred_element_type=jnp.float32)

@@ -61,7 +61,7 @@ def paged_attention(
     last = (jnp.max(position) + width) // width
     high, total, acc = jax.lax.fori_loop(first, last, look, start)
 
-    some = total > 0
+    some = total != 0  # NaN scores stay NaN: a sick row must show
     out = jnp.where(some[..., None], acc / jnp.where(some, total, 1)[..., None], 0)
     lse = jnp.where(some, high + jnp.log(jnp.where(some, total, 1)), -jnp.inf)
 

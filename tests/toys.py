@@ -14,16 +14,18 @@ class Toy:
     """Two layers of real paged attention over random weights; every earlier token matters to the next."""
 
     embed: jax.Array
+    head: jax.Array
     qkv: jax.Array
     out: jax.Array
 
     @staticmethod
     def create(seed: int = 0) -> "Toy":
-        keys = jax.random.split(jax.random.key(seed), 3)
+        keys = jax.random.split(jax.random.key(seed), 4)
         return Toy(
             jax.random.normal(keys[0], (VOCAB, EMBED)),
+            jax.random.normal(keys[3], (EMBED, VOCAB)) * 0.3,
             jax.random.normal(keys[1], (LAYERS, EMBED, HEADS + 2 * KV_HEADS, DIM)) * 0.7,
-            jax.random.normal(keys[2], (LAYERS, HEADS * DIM, EMBED)) * 0.5,
+            jax.random.normal(keys[2], (LAYERS, HEADS * DIM, EMBED)) * 0.9,
         )
 
     vocab_size = VOCAB
@@ -40,7 +42,7 @@ class Toy:
         return x, tuple(pools)
 
     def logits(self, hidden):
-        return hidden @ self.embed.T
+        return hidden @ self.head
 
 
 def prompts(lengths, width=None, seed=1):

@@ -124,8 +124,7 @@ def test_running_a_few_steps_at_a_time_is_unobservable(steps):
 def test_running_out_stops_cleanly(num_blocks):
     """Tokens before the stop are those of the unbounded run, finished rows are whole, and nothing leaks."""
     limits = jnp.array([3, NEW, 2, NEW, 5], jnp.int32)
-    result = generate(*prompts(LENGTHS), max_new_tokens=NEW, block_size=3)
-    want = [row[:n] for row, n in zip(tokens_of(result), limits.tolist(), strict=True)]
+    want = [row[:n] for row, n in zip(baseline(), limits.tolist(), strict=True)]
     ids, length = prompts(LENGTHS)
     state = pax.start(
         TOY, ids, length, max_new_tokens=limits, max_model_len=64, block_size=3, num_blocks=num_blocks
@@ -138,8 +137,6 @@ def test_running_out_stops_cleanly(num_blocks):
         assert (reason is pax.Finish.LENGTH) == (len(got) == len(full))
     stopped = pax.Finish.OUT_OF_BLOCKS in reasons
     assert stopped == (pax.Status(int(result.status)) is pax.Status.OUT_OF_BLOCKS)
-    peak = sum(-(-n // 3) for n in LENGTHS)
-    assert stopped or num_blocks - 1 >= peak - 14
 
 
 def test_running_out_happens_and_is_never_spurious():
@@ -167,7 +164,6 @@ def test_rows_end_on_eos_and_free_at_once():
 
 def test_max_new_tokens_is_per_row():
     limits = [1, NEW, 2, 7, 3]
-    result = generate(*prompts(LENGTHS), max_new_tokens=NEW)
     result = jax.jit(lambda n: pax.generate(TOY, *prompts(LENGTHS), max_new_tokens=n, max_model_len=64))(
         jnp.array(limits)
     )
@@ -179,15 +175,7 @@ def test_nan_logits_end_that_row_only():
     bad = 5
     ids = jnp.where(ids == bad, 6, ids)
     sick = ids.at[1, 2].set(bad)
-    toy = Toy(TOY.embed.at[bad, 0].set(jnp.nan), TOY.qkv, TOY.out)
-
-    class Poisoned(Toy):
-        pass
-
-    def logits(hidden):
-        return hidden @ TOY.embed.T
-
-    object.__setattr__(toy, "logits", logits)
+    toy = Toy(TOY.embed.at[bad, 0].set(jnp.nan), TOY.head, TOY.qkv, TOY.out)
     healthy = generate(ids, length)
     result = pax.generate(toy, sick, length, max_new_tokens=NEW, max_model_len=64)
     reasons = [pax.Finish(int(f)) for f in result.finish_reason]

@@ -1,0 +1,304 @@
+"""A language model that takes text: tokenizer + Llama + the paged generation loop.
+
+    lm.generate(["The capital of France is"]) -> [Output(text=" Paris. ...", finish_reason="stop", ...)]
+    lm.stream("Once upon a time")             -> pieces of text, the loop run a few steps at a time
+    lm.logits([504, 3575])                    -> float32 [T, V], teacher-forced through the paged cache
+
+Prompt widths and lengths of answers are rounded up to powers of two, so that other prompts of the same bucket
+compile nothing.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import paxattn as pax
+from models.llama import Llama
+from models.tokenizer import Detokenizer, Tokenizer
+from paxattn.decoding.generate import MAX_NUM_BATCHED_TOKENS
+
+Prompt = str | Sequence[int]
+
+_advance = jax.jit(pax.advance, static_argnames=("budget", "attention"), donate_argnames="state")
+_stop = jax.jit(pax.stop, donate_argnums=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """One answer. `token_ids` are the new tokens, the eos token included if produced."""
+
+    prompt_ids: list[int]
+    token_ids: list[int]
+    text: str | None  # None where the model has no tokenizer
+    finish_reason: str
+    logprobs: list[float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Answers of a call, in the order of the prompts, and its counters summed over batches."""
+
+    outputs: list[Output]
+    stats: dict[str, int | float]
+
+
+@functools.partial(jax.jit, static_argnames=("budget", "attention"))
+def _score(model: Llama, cache: pax.Cache, tokens: jax.Array, count: jax.Array, budget: int, attention: str):
+    cache, plan, status = pax.extend(cache, count, budget=budget, attention=attention)
+    hidden, layers = model(tokens, plan, cache.layers)
+    return model.logits(hidden), pax.Cache(cache.table, layers), status
+
+
+@dataclasses.dataclass(frozen=True)
+class LM:
+    """A model, its tokenizer where it has one, and the name it was loaded by."""
+
+    model: Llama
+    tokenizer: Tokenizer | None
+    name: str
+
+    def encode(self, prompt: Prompt, *, chat: bool | None = None) -> list[int]:
+        """Token ids of a prompt: text through the chat template (by default where there is one), ids as they are."""
+        if not isinstance(prompt, str):
+            return [int(token) for token in prompt]
+        if self.tokenizer is None:
+            raise ValueError(
+                f"{self.name} has no tokenizer: give token ids, or put tokenizer.json beside the weights."
+            )
+        chat = self.tokenizer.has_chat_template if chat is None else chat
+        return self.tokenizer.encode_chat(prompt) if chat else self.tokenizer.encode(prompt)
+
+    def generate(self, prompts: Sequence[Prompt], **options: Any) -> Run:
+        """Answers prompts in batches of `max_num_seqs` rows.
+
+        Args:
+          prompts: texts, or token ids.
+          **options: see `batches`.
+        """
+        outputs, stats = [], {}
+        for state, batch in self.batches(prompts, **options):
+            if batch.done(state):
+                outputs += batch.outputs(state)
+                stats = _merge(stats, batch.stats(state))
+        return Run(outputs, stats)
+
+    def stream(self, prompt: Prompt, *, steps: int = 4, **options: Any) -> Iterator[str]:
+        """Yields the answer to one prompt in pieces as it grows; their concatenation is the whole text."""
+        if self.tokenizer is None:
+            raise ValueError(f"{self.name} has no tokenizer, so there is no text to stream.")
+        sent = 0
+        detokenizer = Detokenizer(self.tokenizer)
+        text = ""
+        for state, batch in self.batches([prompt], steps=steps, **options):
+            output = batch.outputs(state)[0]
+            if batch.done(state):
+                assert output.text is not None
+                if output.text[len(text) :]:
+                    yield output.text[len(text) :]
+                return
+            piece = detokenizer.push(batch.visible(output.token_ids[sent:]))
+            sent = len(output.token_ids)
+            if piece and not batch.stop_strings:
+                text += piece
+                yield piece
+
+    def logits(self, ids: Sequence[int], *, block_size: int = 16, attention: str = "auto") -> jax.Array:
+        """float32 [T, V]: scores after each token of `ids`, fed through the paged cache in one step."""
+        width = len(ids)
+        if not width:
+            raise ValueError("ids is empty; give at least one token.")
+        bad = [t for t in ids if not 0 <= t < self.model.vocab_size]
+        if bad:
+            raise ValueError(f"token id {bad[0]} is outside the vocabulary [0, {self.model.vocab_size}).")
+        spec, blocks = self.model.cache_spec, 1 + -(-width // block_size)
+        cache = pax.Cache.create(
+            spec, num_blocks=blocks, block_size=block_size, max_num_seqs=1, max_model_len=width
+        )
+        tokens = jnp.asarray(ids, jnp.int32)
+        logits, _, status = _score(self.model, cache, tokens, jnp.array([width]), width, attention)
+        pax.check(status)
+        return logits
+
+    def batches(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        chat: bool | None = None,
+        max_new_tokens: int = 64,
+        seed: int = 0,
+        stop_strings: Sequence[str] = (),
+        eos_token_id: int | Sequence[int] | None = None,
+        block_size: int = 16,
+        num_blocks: int | None = None,
+        max_num_seqs: int = 64,
+        max_num_batched_tokens: int = MAX_NUM_BATCHED_TOKENS,
+        attention: str = "auto",
+        steps: int | None = None,
+        **sampling: Any,
+    ) -> Iterator[tuple[pax.State, "Batch"]]:
+        """Runs the prompts batch by batch and yields each state that the host gets to see.
+
+        Args:
+          prompts: texts, or token ids.
+          chat: through the chat template; by default where the model has one.
+          max_new_tokens: of each answer.
+          seed: of the sampling keys; prompt i uses fold_in(key(seed), i).
+          stop_strings: an answer ends before the first of these.
+          eos_token_id: ends an answer; the checkpoint's by default, () for none.
+          block_size: tokens a block.
+          num_blocks: blocks in the pool, NULL included; enough for everything by default.
+          max_num_seqs: rows of a batch at most.
+          max_num_batched_tokens: tokens a prefill step feeds at most.
+          attention: implementation of paged attention.
+          steps: yield each this many steps; by default only at the end (8 where there are stop strings).
+          **sampling: temperature, top_k, top_p, min_p, repetition_penalty.
+        """
+        encoded = [self.encode(prompt, chat=chat) for prompt in prompts]
+        if not encoded:
+            raise ValueError("no prompt was given; at least one is needed.")
+        for i, ids in enumerate(encoded):
+            if not ids:
+                raise ValueError(f"prompt {i} is empty; give at least one token.")
+        if max_num_seqs < 1:
+            raise ValueError(f"max_num_seqs is {max_num_seqs}, must be at least 1.")
+        if stop_strings and self.tokenizer is None:
+            raise ValueError(f"{self.name} has no tokenizer, so stop_strings cannot be seen.")
+        longest = max(map(len, encoded)) + max_new_tokens
+        limit = self.model.config.max_position_embeddings
+        if longest > limit:
+            raise ValueError(
+                f"prompt + max_new_tokens is {longest} tokens, the model was made for max_position_embeddings = "
+                f"{limit}; shorten the prompt or ask for fewer."
+            )
+        if steps is not None and steps < 1:
+            raise ValueError(f"steps is {steps}, must be at least 1.")
+        eos = self.model.config.eos_token_id if eos_token_id is None else eos_token_id
+        steps = 8 if stop_strings and steps is None else steps
+        key = jax.random.key(seed)
+        for first in range(0, len(encoded), max_num_seqs):
+            rows = encoded[first : first + max_num_seqs]
+            width = _bucket(max(map(len, rows)))
+            ids = np.zeros((len(rows), width), np.int32)
+            for row, tokens in enumerate(rows):
+                ids[row, : len(tokens)] = tokens
+            state = pax.start(
+                self.model,
+                jnp.asarray(ids),
+                np.array(list(map(len, rows)), np.int32),
+                max_new_tokens=np.full(len(rows), max_new_tokens, np.int32),
+                max_model_len=width + _bucket(max_new_tokens),
+                block_size=block_size,
+                num_blocks=num_blocks,
+                eos_token_id=eos,
+                key=jax.vmap(functools.partial(jax.random.fold_in, key))(
+                    jnp.arange(first, first + len(rows))
+                ),
+                **sampling,
+            )
+            budget = pax.prefill_budget(ids.shape, max_num_batched_tokens)
+            batch = Batch(self.tokenizer, rows, max_new_tokens, tuple(stop_strings), _eos_set(eos))
+            yield from _drive(self.model, state, batch, budget, attention, steps)
+
+
+def _drive(model, state, batch, budget, attention, steps) -> Iterator[tuple[pax.State, "Batch"]]:
+    more = jnp.int32(2**30 if steps is None else steps)
+    while True:
+        state = _advance(model, state, budget=budget, steps=more, attention=attention)
+        hit = batch.stop_rows(state)
+        if hit.any():
+            state = _stop(state, jnp.asarray(hit))
+        yield state, batch
+        if batch.done(state):
+            return
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Reads the host's side of a batch in flight: tokens, text, stop strings."""
+
+    tokenizer: Tokenizer | None
+    prompts: list[list[int]]
+    max_new_tokens: int
+    stop_strings: tuple[str, ...]
+    eos: frozenset[int]
+
+    def done(self, state: pax.State) -> bool:
+        """Whether every row has ended."""
+        return not bool(state.running.any())
+
+    def visible(self, ids: Sequence[int]) -> list[int]:
+        """Tokens that are text: all but the eos ids."""
+        return [token for token in ids if token not in self.eos]
+
+    def stop_rows(self, state: pax.State) -> np.ndarray:
+        """Running rows whose text holds a stop string."""
+        if not self.stop_strings:
+            return np.zeros(len(self.prompts), bool)
+        return np.array([self._cut(tokens)[1] for tokens in self._new_tokens(state)])
+
+    def outputs(self, state: pax.State) -> list[Output]:
+        """The answers so far."""
+        reasons = np.asarray(state.finish)
+        logprobs = np.asarray(state.logprobs)
+        outputs = []
+        for row, (prompt, tokens) in enumerate(zip(self.prompts, self._new_tokens(state), strict=True)):
+            text, stopped, kept = self._cut_at(tokens)
+            chosen = logprobs[row, len(prompt) : len(prompt) + kept]
+            reason = pax.Finish.STOP if stopped else pax.Finish(int(reasons[row]))
+            outputs.append(Output(prompt, tokens[:kept], text, reason.label, [float(p) for p in chosen]))
+        return outputs
+
+    def stats(self, state: pax.State) -> dict[str, int]:
+        """The run's counters, and what a cache without paging would have reserved."""
+        table, stats = state.cache.table, state.stats
+        counted = {f.name: int(getattr(stats, f.name)) for f in dataclasses.fields(stats)}
+        widest = max(len(p) for p in self.prompts) + self.max_new_tokens
+        return {
+            **counted,
+            "block_size": table.block_size,
+            "num_blocks": table.blocks.refcount.size,
+            "tokens_reserved_peak": counted["blocks_peak"] * table.block_size,
+            "tokens_reserved_unpaged": len(self.prompts) * widest,
+        }
+
+    def _new_tokens(self, state: pax.State) -> list[list[int]]:
+        tokens, known = np.asarray(state.tokens), np.asarray(state.known)
+        return [tokens[row, len(p) : known[row]].tolist() for row, p in enumerate(self.prompts)]
+
+    def _cut(self, tokens: list[int]) -> tuple[str | None, bool]:
+        text, stopped, _ = self._cut_at(tokens)
+        return text, stopped
+
+    def _cut_at(self, tokens: list[int]) -> tuple[str | None, bool, int]:
+        """Text before the first stop string, whether there was one, and the tokens up to its end."""
+        if self.tokenizer is None:
+            return None, False, len(tokens)
+        decode: Callable[[int], str] = lambda n: self.tokenizer.decode(self.visible(tokens[:n]))  # noqa: E731
+        text = decode(len(tokens))
+        found = [at for at in (text.find(stop) for stop in self.stop_strings) if at >= 0]
+        if not found:
+            return text, False, len(tokens)
+        has_stop = lambda n: any(stop in decode(n) for stop in self.stop_strings)  # noqa: E731
+        return text[: min(found)], True, next(n for n in range(1, len(tokens) + 1) if has_stop(n))
+
+
+def _bucket(n: int) -> int:
+    """The next power of two, 16 at least."""
+    return max(16, 1 << (n - 1).bit_length())
+
+
+def _eos_set(eos: int | Sequence[int]) -> frozenset[int]:
+    return frozenset([eos] if isinstance(eos, int) else eos)
+
+
+def _merge(total: dict, part: dict) -> dict:
+    highest = {"blocks_peak", "block_size", "num_blocks", "tokens_reserved_peak", "tokens_reserved_unpaged"}
+    return {
+        name: (max if name in highest else lambda a, b: a + b)(total.get(name, 0), value)
+        for name, value in part.items()
+    }
