@@ -96,6 +96,11 @@ class Llama(nnx.Module):
         if not config.tie_word_embeddings:
             self.head = nnx.Param(init("head", (config.hidden_size, config.vocab_size)))
 
+    def parameters(self) -> dict[str, jax.Array]:
+        """Every parameter under the name that `init` was asked for."""
+        flat = nnx.to_flat_state(nnx.state(self, nnx.Param))
+        return {".".join(map(str, path)): param[...] for path, param in flat}
+
     @property
     def vocab_size(self) -> int:
         """V."""

@@ -84,7 +84,7 @@ class LM:
         for state, batch in self.batches(prompts, **options):
             if batch.done(state):
                 outputs += batch.outputs(state)
-                stats = _merge(stats, batch.stats(state))
+                stats = merge_stats(stats, batch.stats(state))
         return Run(outputs, stats)
 
     def stream(self, prompt: Prompt, *, steps: int = 4, **options: Any) -> Iterator[str]:
@@ -296,7 +296,8 @@ def _eos_set(eos: int | Sequence[int]) -> frozenset[int]:
     return frozenset([eos] if isinstance(eos, int) else eos)
 
 
-def _merge(total: dict, part: dict) -> dict:
+def merge_stats(total: dict, part: dict) -> dict:
+    """Counters of two batches: sums, and the larger of what is a size."""
     highest = {"blocks_peak", "block_size", "num_blocks", "tokens_reserved_peak", "tokens_reserved_unpaged"}
     return {
         name: (max if name in highest else lambda a, b: a + b)(total.get(name, 0), value)

@@ -14,14 +14,14 @@ from paxattn.cache import KV, Cache, CacheSpec, Plan, extend, view, write
 from paxattn.decoding.generate import Generation, finish, generate, prefill_budget, start
 from paxattn.decoding.model import Model
 from paxattn.decoding.sampling import Sampling
-from paxattn.decoding.step import Finish, State, advance, step
+from paxattn.decoding.step import Finish, State, Stats, advance, step, stop
 from paxattn.pages import PageTable, append, fork, free, locate, truncate, violations
 from paxattn.status import PagingError, Status, check
 from paxattn.version import __version__
 
 __all__ = [  # noqa: RUF022 - in the order that a newcomer meets them
     "generate", "Generation", "Finish", "Model", "Sampling",
-    "start", "advance", "step", "finish", "State", "prefill_budget",
+    "start", "advance", "step", "stop", "finish", "State", "Stats", "prefill_budget",
     "Cache", "CacheSpec", "KV", "Plan", "extend", "write", "view", "attend", "paged_attention",
     "PageTable", "append", "fork", "truncate", "free", "locate", "violations",
     "Blocks", "allocate", "retain", "release", "NULL",

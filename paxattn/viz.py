@@ -27,9 +27,11 @@ def page_map(table: PageTable, *, width: int = 64) -> str:
     cells = cells[1:]  # NULL is nobody's
     lines = ["".join(cells[at : at + width]) for at in range(0, cells.size, width)]
     used = int(np.sum(refcount[1:] > 0))
-    head = f"pool: {used} of {cells.size} blocks of {table.block_size} tokens in use (letter: row, *: shared, .: free)"
+    head = (
+        f"{used} of {cells.size} blocks of {table.block_size} tokens in use (letter: row, *: shared, .: free)"
+    )
     rows = [
-        f"  row {_LETTERS[row % len(_LETTERS)]}: {int(length):5d} tokens in blocks {' '.join(map(str, held[held != NULL]))}"
+        f"  row {_LETTERS[row % len(_LETTERS)]}: {int(length):5d} tokens in {' '.join(map(str, held[held != NULL]))}"
         for row, (held, length) in enumerate(zip(pages, np.asarray(table.length), strict=True))
         if length
     ]

@@ -7,6 +7,7 @@
 A row whose pending tokens are all fed picks its next token; a finished row gives its blocks back at once.
 """
 
+import dataclasses
 import enum
 
 import jax
@@ -143,6 +144,16 @@ def _finish(state, picks, finite, token, known, status):
     finish = jnp.where(picks, ended, state.finish)
     stuck = state.running & (status != Status.OK)
     return jnp.where(stuck, Finish.OUT_OF_BLOCKS, finish).astype(jnp.int32)
+
+
+def stop(state: State, rows: Bool[Array, "B"]) -> State:
+    """Ends rows from outside (a stop string, a cancelled request); their blocks are free at once."""
+    rows = rows & state.running
+    cache = Cache(free(state.cache.table, rows), state.cache.layers)
+    freed = state.cache.table.blocks.num_used - cache.table.blocks.num_used
+    stats = dataclasses.replace(state.stats, blocks_freed=state.stats.blocks_freed + freed)
+    finish = jnp.where(rows, jnp.int32(Finish.STOP), state.finish)
+    return dataclasses.replace(state, cache=cache, finish=finish, stats=stats)
 
 
 def advance(

@@ -172,11 +172,12 @@ def test_max_new_tokens_is_per_row():
 
 def test_nan_logits_end_that_row_only():
     ids, length = prompts(LENGTHS)
-    bad = 5
-    ids = jnp.where(ids == bad, 6, ids)
-    sick = ids.at[1, 2].set(bad)
-    toy = Toy(TOY.embed.at[bad, 0].set(jnp.nan), TOY.head, TOY.qkv, TOY.out)
     healthy = generate(ids, length)
+    bad = min(
+        set(range(VOCAB)) - {token for row in tokens_of(healthy) for token in row} - set(ids.ravel().tolist())
+    )
+    toy = Toy(TOY.embed.at[bad, 0].set(jnp.nan), TOY.head, TOY.qkv, TOY.out)
+    sick = ids.at[1, 2].set(bad)
     result = pax.generate(toy, sick, length, max_new_tokens=NEW, max_model_len=64)
     reasons = [pax.Finish(int(f)) for f in result.finish_reason]
     assert reasons[1] is pax.Finish.NOT_FINITE

@@ -36,14 +36,9 @@ append, fork, truncate, free = map(jax.jit, (pax.append, pax.fork, pax.truncate,
 view, violations = jax.jit(lambda cache: pax.view(cache, 0)), jax.jit(pax.violations)
 
 
-def empty(block_size, num_blocks, pages=PAGES, rows=ROWS):
-    cache = pax.Cache.create(
-        SPEC,
-        num_blocks=num_blocks,
-        block_size=block_size,
-        max_num_seqs=rows,
-        max_model_len=pages * block_size,
-    )
+def empty(block_size, num_blocks):
+    sizes = {"num_blocks": num_blocks, "block_size": block_size, "max_num_seqs": ROWS}
+    cache = pax.Cache.create(SPEC, **sizes, max_model_len=PAGES * block_size)
     # NaN in every slot: what nobody wrote must never be seen.
     return jax.tree.map(lambda x: jnp.full_like(x, jnp.nan) if x.ndim == 4 else x, cache)
 
@@ -138,7 +133,7 @@ class Paging(RuleBasedStateMachine):
 
 TestPaging = Paging.TestCase
 TestPaging.settings = settings(
-    max_examples=40, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=25, stateful_step_count=20, deadline=None, suppress_health_check=list(HealthCheck)
 )
 
 
@@ -176,7 +171,7 @@ def test_free_all_is_the_empty_table():
 
 
 def test_the_chapters_fork_and_write():
-    """Blocks of a row are shared by its fork; the write copies the tail alone, and the last holder keeps it."""
+    """A fork shares all blocks; a write copies the tail alone, and the last holder keeps it."""
     cache = fed(4, [10, 0, 0, 0])
     table = fork(cache.table, jnp.array([0, 0, -1, -1]))
     tail = int(table.pages[0, 2])

@@ -1,0 +1,276 @@
+"""The `paxattn` command: generate, inspect, convert.
+
+    paxattn generate "The capital of France is" --no-chat       text, or --json
+    paxattn inspect  smollm2-135m                               what is in a checkpoint, how many blocks fit
+    paxattn convert  smollm2-135m my-checkpoint                 to Orbax, with a checked manifest
+
+Errors of the user's making end with one line and exit code 2; Ctrl-C ends with exit code 130.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+EXAMPLES = """examples:
+  paxattn generate "What is a page table?" "Write a haiku about memory."
+  paxattn generate "The capital of France is" --no-chat --max-new-tokens 30 --json
+  paxattn generate --prompt-ids "504,3575,282" --prompt-ids "1780" --max-new-tokens 8
+  paxattn generate --prompt-file prompts.txt --temperature 0.8 --top-p 0.95 --seed 7
+  paxattn generate "Once upon a time" --no-chat --stream --block-size 1
+  paxattn inspect smollm2-135m
+  paxattn convert smollm2-135m ./smollm2-orbax
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """All commands and options."""
+    from paxattn.version import __version__
+
+    top = argparse.ArgumentParser(
+        prog="paxattn",
+        description="Language models through a paged KV cache, in one jitted program.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    top.add_argument("--version", action="version", version=f"paxattn {__version__}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, help: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name,
+            help=help,
+            description=help,
+            epilog=EXAMPLES,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        sub.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+        return sub
+
+    def add_dtype(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument(
+            "--dtype", default="float32", choices=("float32", "bfloat16"), help="of weights and cache"
+        )
+
+    generate = command("generate", "Answer prompts, all in one batch.")
+    add = generate.add_argument
+    add("text", nargs="*", metavar="TEXT", help="a prompt; several are answered together")
+    add("--prompt-file", type=Path, help="one prompt a line; of a .jsonl file the field 'prompt'")
+    add(
+        "--prompt-ids",
+        action="append",
+        default=[],
+        metavar="1,2,3",
+        help="raw token ids, no template; repeatable",
+    )
+    add(
+        "--model",
+        default="smollm2-135m",
+        metavar="SRC",
+        help="directory, .gguf, Orbax directory, hub id or name",
+    )
+    add(
+        "--chat",
+        action=argparse.BooleanOptionalAction,
+        help="use the chat template (default: where there is one)",
+    )
+    add("--max-new-tokens", type=int, default=64, metavar="N")
+    add("--temperature", type=float, default=0.0, help="0 is greedy")
+    add("--top-k", type=int, default=0, metavar="K", help="0 turns it off")
+    add("--top-p", type=float, default=1.0, metavar="P", help="1 turns it off")
+    add("--min-p", type=float, default=0.0, metavar="P", help="0 turns it off")
+    add("--repetition-penalty", type=float, default=1.0, metavar="X", help="1 turns it off")
+    add("--seed", type=int, default=0)
+    add(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="STRING",
+        help="end an answer before this text; repeatable",
+    )
+    add("--block-size", type=int, default=16, metavar="S", help="tokens a block of the cache")
+    add("--num-blocks", type=int, metavar="N", help="blocks in the pool (default: enough for all rows)")
+    add("--max-num-seqs", type=int, default=64, metavar="B", help="rows of a batch at most")
+    add(
+        "--max-num-batched-tokens",
+        type=int,
+        default=512,
+        metavar="T",
+        help="tokens a prefill step feeds at most",
+    )
+    add("--attention", default="auto", metavar="NAME", help="auto, xla or reference")
+    add("--stream", action="store_true", help="print a single answer as it grows")
+    add("--show-pages", action="store_true", help="draw the page map where the pool was fullest")
+    add_dtype(generate)
+
+    inspect = command("inspect", "Show a checkpoint's configuration and what its cache costs.")
+    inspect.add_argument("source", metavar="SRC")
+    inspect.add_argument("--block-size", type=int, default=16, metavar="S")
+    add_dtype(inspect)
+
+    convert = command("convert", "Write an Orbax directory with a sha256 manifest.")
+    convert.add_argument("source", metavar="SRC")
+    convert.add_argument("target", metavar="DST", type=Path)
+    add_dtype(convert)
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code."""
+    options = parser().parse_args(argv)
+    try:
+        return {"generate": _generate, "inspect": _inspect, "convert": _convert}[options.command](options)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"paxattn: {error}", file=sys.stderr)
+        return 2
+
+
+def _prompts(options: argparse.Namespace) -> list[str | list[int]]:
+    prompts: list[str | list[int]] = list(options.text)
+    if options.prompt_file is not None:
+        lines = options.prompt_file.read_text().splitlines()
+        try:
+            is_json = options.prompt_file.suffix == ".jsonl"
+            prompts += [json.loads(line)["prompt"] if is_json else line for line in lines if line.strip()]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{options.prompt_file}: each line must be an object with a 'prompt' ({error})."
+            ) from error
+    for ids in options.prompt_ids:
+        try:
+            prompts.append([int(token) for token in ids.split(",")])
+        except ValueError as error:
+            raise ValueError(
+                f"--prompt-ids {ids!r} must be integers separated by commas, like 1,2,3."
+            ) from error
+    if not prompts:
+        raise ValueError("no prompt was given; pass TEXT, --prompt-file or --prompt-ids.")
+    return prompts
+
+
+def _generate(options: argparse.Namespace) -> int:
+    prompts = _prompts(options)
+    if options.stream and (options.json or len(prompts) > 1):
+        raise ValueError("--stream prints one answer as text; give one prompt and leave out --json.")
+    knobs = ("chat", "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+    knobs += ("block_size", "num_blocks", "max_num_seqs", "max_num_batched_tokens", "attention")
+    settings = {name: getattr(options, name) for name in knobs}
+
+    import models
+    from models.lm import merge_stats
+    from paxattn.viz import page_map
+
+    lm = models.load(options.model, dtype=options.dtype)
+    if options.stream:
+        for piece in lm.stream(prompts[0], stop_strings=options.stop, **settings):
+            print(piece, end="", flush=True)
+        print()
+        return 0
+    outputs, stats, fullest, drawing = [], {}, -1, ""
+    steps = 8 if options.show_pages else None
+    for state, batch in lm.batches(prompts, stop_strings=options.stop, steps=steps, **settings):
+        used = int(state.cache.table.blocks.num_used)
+        if options.show_pages and used > fullest:
+            fullest, drawing = used, page_map(state.cache.table)
+        if batch.done(state):
+            outputs += batch.outputs(state)
+            stats = merge_stats(stats, batch.stats(state))
+    if options.json:
+        answers = [dataclasses.asdict(output) for output in outputs]
+        print(json.dumps({"model": lm.name, "outputs": answers, "stats": stats}, ensure_ascii=False))
+        return 0
+    for prompt, output in zip(prompts, outputs, strict=True):
+        print(f"\n> {prompt}\n{output.text if output.text is not None else output.token_ids}")
+        if output.finish_reason not in ("stop", "length"):
+            print(f"[ended early: {output.finish_reason}]")
+    if options.show_pages:
+        print(f"\npage map when the pool was fullest\n{drawing}")
+    print(f"\n{_summary(stats)}", file=sys.stdout if options.show_pages else sys.stderr)
+    return 0
+
+
+def _summary(stats: dict) -> str:
+    peak, unpaged = stats["tokens_reserved_peak"], stats["tokens_reserved_unpaged"]
+    return (
+        f"{stats['steps']} steps, {stats['tokens_fed']} tokens fed; blocks: {stats['blocks_allocated']} allocated, "
+        f"{stats['blocks_freed']} freed, {stats['blocks_copied']} copied, {stats['blocks_peak']} in use at most\n"
+        f"room for {peak} tokens at the peak, {unpaged} without paging (every row as long as the longest may get): "
+        f"{100 * (1 - peak / unpaged):.0f}% saved"
+    )
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    import jax
+
+    import models
+
+    if options.block_size < 1:
+        raise ValueError(f"block_size is {options.block_size}, must be at least 1.")
+    lm = models.load(options.source, dtype=options.dtype)
+    config, spec = lm.model.config, lm.model.cache_spec
+    leaves = jax.tree.leaves(lm.model)
+    size = sum(leaf.nbytes for leaf in leaves)
+    block = spec.bytes_per_token * options.block_size
+    free = _free_memory()
+    facts = {
+        "model": lm.name,
+        "config": config.to_dict(),
+        "parameters": sum(leaf.size for leaf in leaves),
+        "bytes": size,
+        "dtype": options.dtype,
+        "kv_bytes_per_token": spec.bytes_per_token,
+        "block_size": options.block_size,
+        "block_bytes": block,
+        "free_bytes": free,
+        "blocks_that_fit": free // block,
+        "tokens_that_fit": free // block * options.block_size,
+    }
+    if options.json:
+        print(json.dumps(facts))
+        return 0
+    for name, value in config.to_dict().items():
+        print(f"{name:28} {value}")
+    print(f"\n{facts['parameters']:,} parameters, {size / 1e6:,.1f} MB in {options.dtype}")
+    print(f"{spec.bytes_per_token:,} bytes of K and V a token, {block:,} a block of {options.block_size}")
+    print(
+        f"{facts['blocks_that_fit']:,} blocks ({facts['tokens_that_fit']:,} tokens) fit in {free / 1e9:,.1f} GB free"
+    )
+    return 0
+
+
+def _free_memory() -> int:
+    """Bytes that the cache could take: the accelerator's, or the machine's on a CPU."""
+    import jax
+
+    stats = jax.devices()[0].memory_stats()
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"] - stats["bytes_in_use"]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _convert(options: argparse.Namespace) -> int:
+    if options.target.exists():
+        raise ValueError(f"{options.target} exists already; choose another place or remove it.")
+    import models
+    from models import checkpoint
+
+    lm = models.load(options.source, dtype=options.dtype)
+    checkpoint.save(options.target, lm.model.config.to_dict(), lm.model.parameters(), lm.tokenizer)
+    if options.json:
+        print(json.dumps({"model": lm.name, "target": str(options.target)}))
+    else:
+        print(f"wrote {options.target}; load it with --model {options.target}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
