@@ -27,12 +27,10 @@ def page_map(table: PageTable, *, width: int = 64) -> str:
     cells = cells[1:]  # NULL is nobody's
     lines = ["".join(cells[at : at + width]) for at in range(0, cells.size, width)]
     used = int(np.sum(refcount[1:] > 0))
-    head = (
-        f"{used} of {cells.size} blocks of {table.block_size} tokens in use (letter: row, *: shared, .: free)"
-    )
-    rows = [
-        f"  row {_LETTERS[row % len(_LETTERS)]}: {int(length):5d} tokens in {' '.join(map(str, held[held != NULL]))}"
-        for row, (held, length) in enumerate(zip(pages, np.asarray(table.length), strict=True))
-        if length
-    ]
+    head = f"{used} of {cells.size} blocks of {table.block_size} tokens in use (a letter a row, * shared, . free)"
+    rows = []
+    for row, (held, length) in enumerate(zip(pages, np.asarray(table.length), strict=True)):
+        if length:
+            blocks = " ".join(map(str, held[held != NULL]))
+            rows.append(f"  row {_LETTERS[row % len(_LETTERS)]}: {int(length):5d} tokens in {blocks}")
     return "\n".join([head, *(f"  |{line}|" for line in lines), *rows])

@@ -130,7 +130,7 @@ def start(
         cache=cache,
         tokens=tokens.at[:, :width].set(prompt_ids),
         logprobs=jnp.zeros(tokens.shape, jnp.float32),
-        known=prompt_length,
+        known=jnp.array(prompt_length),  # a buffer of its own: the state may be donated
         prompt_length=prompt_length,
         limit=prompt_length + jnp.asarray(max_new_tokens, jnp.int32),
         finish=jnp.full(rows, Finish.RUNNING, jnp.int32),

@@ -171,14 +171,20 @@ def test_max_new_tokens_is_per_row():
 
 
 def test_nan_logits_end_that_row_only():
+    """Token 5 is never picked (its score is far below the others) and is fed by one prompt only."""
+    bad = 5
     ids, length = prompts(LENGTHS)
-    healthy = generate(ids, length)
-    bad = min(
-        set(range(VOCAB)) - {token for row in tokens_of(healthy) for token in row} - set(ids.ravel().tolist())
-    )
-    toy = Toy(TOY.embed.at[bad, 0].set(jnp.nan), TOY.head, TOY.qkv, TOY.out)
-    sick = ids.at[1, 2].set(bad)
-    result = pax.generate(toy, sick, length, max_new_tokens=NEW, max_model_len=64)
+    ids = jnp.where(ids == bad, bad + 1, ids)
+    head = TOY.head.at[:, bad].set(0)
+    unpicked = Toy(TOY.embed, head, TOY.qkv, TOY.out)
+    sick = Toy(TOY.embed.at[bad, 0].set(jnp.nan), head, TOY.qkv, TOY.out)
+
+    def run(toy, ids):
+        logits = toy.logits
+        object.__setattr__(toy, "logits", lambda hidden: logits(hidden).at[:, bad].add(-1e9))
+        return pax.generate(toy, ids, length, max_new_tokens=NEW, max_model_len=64)
+
+    healthy, result = run(unpicked, ids), run(sick, ids.at[1, 2].set(bad))
     reasons = [pax.Finish(int(f)) for f in result.finish_reason]
     assert reasons[1] is pax.Finish.NOT_FINITE
     assert int(result.length[1]) == 0

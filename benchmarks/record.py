@@ -1,0 +1,109 @@
+"""A measurement and everything needed to doubt it: machine, versions, commit, method, every raw sample.
+
+    write("cpu_decode", rows, method="...")   ->   benchmarks/results/<folder>/cpu_decode.json
+
+A number without its samples cannot be checked later, and one measured on uncommitted code cannot be repeated:
+both are in the file, the second as `dirty`.
+"""
+
+import datetime
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+import jax
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("paxattn", "jax", "jaxlib", "flax", "numpy")
+
+
+def machine() -> dict:
+    """CPU model, cores usable by this process, memory, load when asked."""
+    info = _text("/proc/cpuinfo")
+    model = re.search(r"model name\s*:\s*(.+)", info)
+    memory = re.search(r"MemTotal:\s*(\d+) kB", _text("/proc/meminfo"))
+    flags = set(re.findall(r"\b(avx2|avx512f|avx512_bf16|amx_bf16)\b", info))
+    return {
+        "cpu": model[1].strip() if model else platform.processor() or platform.machine(),
+        "cpu_flags": sorted(flags),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_gib": round(int(memory[1]) / 2**20, 1) if memory else None,
+        "system": f"{platform.system()} {platform.machine()}",
+        "load_average": round(os.getloadavg()[0], 2),
+    }
+
+
+def device() -> dict:
+    """Where JAX computes, and how many of them."""
+    devices = jax.devices()
+    return {"platform": devices[0].platform, "kind": devices[0].device_kind, "count": len(devices)}
+
+
+def versions(peers: dict[str, str] | None = None) -> dict:
+    """Versions of Python, of our packages, and of `peers` as they report themselves."""
+    return {"python": platform.python_version()} | {p: metadata.version(p) for p in PACKAGES} | (peers or {})
+
+
+def commit() -> dict:
+    """The commit measured, and whether tracked files differ from it."""
+    return {"commit": _git("rev-parse", "HEAD"), "dirty": bool(_git("status", "--porcelain", "-uno"))}
+
+
+def summary(samples: list[float]) -> dict:
+    """Median, minimum, and the samples themselves, in the order in which they were taken."""
+    return {"median": statistics.median(samples), "min": min(samples), "samples": samples}
+
+
+def document(name: str, rows: list[dict], *, method: str, peers: dict[str, str] | None = None) -> dict:
+    """The whole record of one run."""
+    return {
+        "name": name,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "machine": machine(),
+        "device": device(),
+        "versions": versions(peers),
+        **commit(),
+        "method": " ".join(method.split()),
+        "rows": rows,
+    }
+
+
+def write(
+    name: str,
+    rows: list[dict],
+    *,
+    method: str,
+    peers: dict[str, str] | None = None,
+    folder: str | None = None,
+) -> Path:
+    """Write one run to `results/<folder>/<name>.json`; the folder names the device if not given."""
+    record = document(name, rows, method=method, peers=peers)
+    path = RESULTS / (folder or _folder(record)) / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
+    return path
+
+
+def _folder(record: dict) -> str:
+    """A folder name such as `amd-epyc-2-cores` or `nvidia-h100-80gb-hbm3`."""
+    on_cpu = record["device"]["platform"] == "cpu"
+    kind = (
+        f"{record['machine']['cpu']} {record['machine']['cores']} cores"
+        if on_cpu
+        else record["device"]["kind"]
+    )
+    return re.sub(r"[^a-z0-9]+", "-", kind.lower()).strip("-")
+
+
+def _text(path: str) -> str:
+    return Path(path).read_text() if Path(path).exists() else ""
+
+
+def _git(*words: str) -> str:
+    done = subprocess.run(["git", *words], cwd=RESULTS.parent, capture_output=True, text=True, check=False)
+    return done.stdout.strip() if done.returncode == 0 else "unknown"

@@ -1,0 +1,149 @@
+"""A converted model as one directory: Orbax arrays, and a manifest that notices every changed byte.
+
+    model/
+      config.json              as given to save
+      tokenizer.json, ...      Hugging Face files, if the model has a tokenizer
+      params/                  Orbax: flat names -> arrays
+      manifest.json            path -> size and sha256 of every other file
+
+    save: write all of it to a scratch directory beside -> manifest -> rename
+    load: compare the manifest with the directory -> read config -> restore, cast on the way
+
+Orbax loads a chunk with a flipped bit without a word: hence the manifest, checked before anything is read.
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from models.hub import sha256
+from models.tokenizer import Tokenizer
+from models.weights import CheckpointError
+
+MANIFEST, CONFIG, PARAMS = "manifest.json", "config.json", "params"
+_VERSION = 1
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether `path` looks like a directory that `save` wrote; `load` says whether it is intact."""
+    return (path / MANIFEST).is_file() or (path / PARAMS).is_dir()
+
+
+def save(
+    path: Path, config: Mapping[str, Any], params: Mapping[str, jax.Array], tokenizer: Tokenizer | None = None
+) -> None:
+    """Writes a new directory, which exists under its name only once it is complete.
+
+    Args:
+        path: The directory to make; its parents are made too.
+        config: What JSON can hold.
+        params: Arrays by flat name, such as `layers.0.qkv`.
+        tokenizer: Saved beside the arrays as Hugging Face files.
+
+    Raises:
+        CheckpointError: There is something at `path`, or it cannot be written.
+    """
+    import orbax.checkpoint.experimental.v1 as ocp
+
+    path = path.absolute()
+    if path.exists():
+        raise CheckpointError(f"{path} exists and is not overwritten: remove it or name another directory")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as scratch:
+            draft = (
+                Path(scratch) / path.name
+            )  # made here: the scratch directory itself is private to its owner
+            draft.mkdir()
+            if tokenizer is not None:
+                tokenizer.save(draft)
+            _write_json(draft / CONFIG, config)
+            ocp.save(str(draft / PARAMS), dict(params))
+            _write_json(draft / MANIFEST, {"version": _VERSION, "files": _inventory(draft)})
+            os.rename(draft, path)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {path}: {error}; name a directory with room to write") from error
+
+
+def load(
+    path: Path, *, dtype: DTypeLike | None = None, sharding: jax.sharding.Sharding | None = None
+) -> tuple[dict[str, Any], dict[str, jax.Array]]:
+    """The config and the arrays of a directory that `save` wrote.
+
+    Arrays are cast one by one as they are read. The peak of memory is about 1.5 times the checkpoint's size
+    (measured: 0.45 GB of float32; 1.1 times when cast to bfloat16).
+
+    Args:
+        path: The directory.
+        dtype: For the floating-point arrays; None keeps what was saved.
+        sharding: Where all arrays go; None is the first device.
+
+    Raises:
+        CheckpointError: Files are missing, changed or unknown to the manifest: all are listed.
+    """
+    import orbax.checkpoint.experimental.v1 as ocp
+
+    path = path.absolute()
+    _verify(path)
+    sharding = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+    def target(saved: Any) -> jax.ShapeDtypeStruct:
+        cast = dtype is not None and jnp.issubdtype(saved.dtype, jnp.floating)
+        return jax.ShapeDtypeStruct(saved.shape, dtype if cast else saved.dtype, sharding=sharding)
+
+    # Shapes and dtypes come from the files: the sharding they were saved with may not exist on this machine.
+    saved: Any = ocp.metadata(str(path / PARAMS)).metadata
+    params: Any = ocp.load(str(path / PARAMS), {name: target(array) for name, array in saved.items()})
+    return json.loads((path / CONFIG).read_text("utf-8")), params
+
+
+def _verify(path: Path) -> None:
+    """Compares every file with the manifest."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text("utf-8"))
+        version, expected = manifest["version"], dict(manifest["files"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{path / MANIFEST} cannot be read ({type(error).__name__}: {error}): nothing else says that "
+            "the files are intact; convert the model again"
+        ) from error
+    if version != _VERSION:
+        raise CheckpointError(
+            f"{path / MANIFEST} has version {version!r}, known here: {_VERSION}; convert the model again"
+        )
+    found = _inventory(path)
+    complaints = [
+        *(f"missing: {name}" for name in sorted(expected.keys() - found.keys())),
+        *(f"not in the manifest: {name}" for name in sorted(found.keys() - expected.keys())),
+        *(
+            f"changed: {name}"
+            for name in sorted(expected.keys() & found.keys())
+            if expected[name] != found[name]
+        ),
+    ]
+    if complaints:
+        listing = "\n  ".join(complaints)
+        raise CheckpointError(
+            f"{path} is not what was saved:\n  {listing}\nRemove what does not belong there, else copy or "
+            "convert the model again"
+        )
+
+
+def _inventory(root: Path) -> dict[str, dict[str, Any]]:
+    """Size in bytes and sha256 of every file under `root`, by relative path, the manifest left out."""
+    files = (file for file in sorted(root.rglob("*")) if not file.is_dir() and file != root / MANIFEST)
+    return {
+        file.relative_to(root).as_posix(): {"size": file.stat().st_size, "sha256": sha256(file)}
+        for file in files
+    }
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
