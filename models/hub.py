@@ -71,16 +71,17 @@ def resolve(source: str | os.PathLike[str]) -> Path:
     Raises:
         SourceError: Nothing there, or it could not be fetched.
     """
-    path = Path(source).expanduser()
-    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
-        return path
-    if path.exists():
+    name = os.fspath(source)
+    path = Path(name).expanduser()
+    if name and path.exists():  # the empty name would be the current directory
+        if path.is_dir() or path.suffix == ".gguf":
+            return path
         raise SourceError(f"{path} is neither a directory nor a .gguf file; give {FORMS}")
     if source == DEFAULT_MODEL:
         return fetch(SMOLLM2, cache_dir())
     if isinstance(source, str) and path.suffix != ".gguf" and (match := _HUB_ID.fullmatch(source)):
         return _snapshot(match["repo"], match["revision"])
-    raise SourceError(f"there is no {str(source)!r} (looked for {path.absolute()}); give {FORMS}")
+    raise SourceError(f"there is no {name!r} (looked for {path.absolute()}); give {FORMS}")
 
 
 def cache_dir(environ: Mapping[str, str] = os.environ) -> Path:

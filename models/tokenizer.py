@@ -21,9 +21,6 @@ from models.weights import CheckpointError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-Message = Mapping[str, str]
-"""One turn of a chat: `{"role": "user", "content": "..."}`."""
-
 # tokenizer.ggml.pre: how text is cut before byte-pair encoding. Other names exist; each stands for a pattern
 # of its own, and a wrong one gives ids that look right.
 _LLAMA3_SPLIT = (
@@ -31,9 +28,7 @@ _LLAMA3_SPLIT = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _LLAMA3 = ("llama-bpe", "llama3", "llama-v3")
-_GPT2 = ("gpt-2", "gpt2", "default")
-_SMOLLM = ("smollm",)
-_CONTROL, _USER_DEFINED = 3, 4  # tokenizer.ggml.token_type
+_GPT2, _SMOLLM = ("gpt-2", "gpt2", "default"), ("smollm",)
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 
 
@@ -58,11 +53,11 @@ class Tokenizer:
         """The ids of raw text; a beginning-of-sequence id only if the model's tokenizer asks for one."""
         return self.hf.encode(text)
 
-    def encode_chat(self, messages: str | Sequence[Message]) -> list[int]:
+    def encode_chat(self, messages: str | Sequence[Mapping[str, str]]) -> list[int]:
         """The ids of a chat, ready for the assistant's answer.
 
         Args:
-            messages: Turns in order, or the text of a single user turn.
+            messages: Turns `{"role": "user", "content": "..."}` in order, or the text of a single user turn.
 
         Raises:
             CheckpointError: There is no chat template, or it refuses these messages.
@@ -74,23 +69,21 @@ class Tokenizer:
                 "this tokenizer has no chat template: encode the text as it is, or put chat_template.jinja "
                 "beside the model's other files"
             )
-        turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)
+        one = isinstance(messages, str)
+        turns = [{"role": "user", "content": messages}] if one else [dict(turn) for turn in messages]
         try:
-            ids = self.hf.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)  # pyright: ignore
+            text = self.hf.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
         except TemplateError as error:
             roles = [turn.get("role") for turn in turns]
             raise CheckpointError(
-                f"the chat template refuses messages with roles {roles}: {error}; give each message a role "
-                "and a content, in an order that the model knows"
+                f"the chat template refuses messages with roles {roles} ({error}); give each role and content"
             ) from error
-        return list(ids)  # pyright: ignore
+        return self.hf.encode(str(text), add_special_tokens=False)  # the template writes its own
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """The text of `ids`; bytes that are no UTF-8 become U+FFFD."""
-        # Cleaning up moves spaces before punctuation: not an inverse of encode, and no sum of parts.
-        return self.hf.decode(
-            list(ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
-        )  # pyright: ignore
+        # Not hf.decode: it may tidy spaces before punctuation, and is then no sum of its parts.
+        return self.hf.backend_tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
     def save(self, directory: Path) -> None:
         """Writes the Hugging Face files (and the ids that end a text), for `load_tokenizer(directory)`."""
@@ -187,8 +180,7 @@ def _from_directory(directory: Path) -> Tokenizer:
         ends = json.loads(generation.read_text("utf-8")).get("eos_token_id") if generation.is_file() else None
     except Exception as error:  # `tokenizers` raises plain Exception
         raise CheckpointError(
-            f"cannot read the tokenizer files in {directory}: {error}; fetch tokenizer.json and "
-            "tokenizer_config.json again"
+            f"cannot read the tokenizer files in {directory}: {error}; fetch tokenizer*.json again"
         ) from error
     ids = ends if isinstance(ends, list) else [hf.eos_token_id if ends is None else ends]
     return Tokenizer(hf, tuple(i for i in ids if i is not None))
@@ -221,45 +213,39 @@ def _byte_level_bpe(metadata: Mapping[str, Any], pre: str) -> Tokenizer:
     tokens = field("tokens", [])
     types = field("token_type", [1] * len(tokens))
     vocab = {token: i for i, token in enumerate(tokens)}
-    if len(vocab) != len(tokens) or len(types) != len(tokens):
+    if not tokens or not len(vocab) == len(tokens) == len(types):
         raise ValueError(f"{len(tokens)} tokens, {len(vocab)} of them distinct, with {len(types)} types")
+    named = {name: field(f"{name}_token_id") for name in ("bos", "eos", "unknown", "padding", "eot", "eom")}
+    named = {name: int(i) for name, i in named.items() if i is not None}
+    if wrong := {name: i for name, i in named.items() if not 0 <= i < len(tokens)}:
+        raise ValueError(f"special tokens outside the {len(tokens)} tokens: {wrong}")
+
     merges = [(left, right) for left, _, right in (merge.partition(" ") for merge in field("merges", []))]
     backend = Backend(models.BPE(vocab=vocab, merges=merges, ignore_merges=pre in _LLAMA3))
-    backend.pre_tokenizer = _split(pre)  # pyright: ignore[reportAttributeAccessIssue]
+    backend.pre_tokenizer = _cut(pre)  # pyright: ignore[reportAttributeAccessIssue]
     backend.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
-    for kind in (
-        _CONTROL,
-        _USER_DEFINED,
-    ):  # found in text before anything else; only the first kind is skipped
-        own = (token for token, its in zip(tokens, types, strict=True) if its == kind)
-        backend.add_tokens([AddedToken(t, special=kind == _CONTROL, normalized=False) for t in own])
-    ids = {name: field(f"{name}_token_id") for name in ("bos", "eos", "unknown", "padding", "eot", "eom")}
-    if wrong := {name: i for name, i in ids.items() if i is not None and not 0 <= i < len(tokens)}:
-        raise ValueError(f"special tokens outside the {len(tokens)} tokens: {wrong}")
+    # Types 3 (control) and 4 (user-defined) are found in text first of all; decode can leave out the former.
+    special = {t: kind == 3 for t, kind in zip(tokens, types, strict=True) if kind in (3, 4)}
+    backend.add_tokens([AddedToken(t, special=its, normalized=False) for t, its in special.items()])
+    roles = (("bos", "bos_token"), ("eos", "eos_token"), ("unknown", "unk_token"), ("padding", "pad_token"))
     hf = _fast_tokenizer()(
         tokenizer_object=backend,
         add_bos_token=field("add_bos_token", pre in _LLAMA3),
         add_eos_token=field("add_eos_token", False),
         chat_template=metadata.get("tokenizer.chat_template"),
-        **{
-            f"{name}_token": tokens[i]
-            for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
-            if (i := ids[key]) is not None
-        },
+        **{role: tokens[named[name]] for name, role in roles if name in named},
     )
-    ends = (ids[name] for name in ("eos", "eot", "eom"))
-    return Tokenizer(hf, tuple(dict.fromkeys(int(i) for i in ends if i is not None)))
+    return Tokenizer(hf, tuple(dict.fromkeys(named[name] for name in ("eos", "eot", "eom") if name in named)))
 
 
-def _split(pre: str) -> Any:
+def _cut(pre: str) -> Any:
     from tokenizers import Regex, pre_tokenizers
 
     if pre in _GPT2:
         return pre_tokenizers.ByteLevel(add_prefix_space=False)
     if pre in _SMOLLM:
-        first, use_regex = pre_tokenizers.Digits(individual_digits=True), True
+        first = pre_tokenizers.Digits(individual_digits=True)
     else:
-        first, use_regex = pre_tokenizers.Split(Regex(_LLAMA3_SPLIT), "isolated"), False
-    return pre_tokenizers.Sequence(
-        [first, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)]
-    )
+        first = pre_tokenizers.Split(Regex(_LLAMA3_SPLIT), "isolated")
+    rest = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre in _SMOLLM)
+    return pre_tokenizers.Sequence([first, rest])
