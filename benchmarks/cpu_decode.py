@@ -27,7 +27,8 @@ HERE = Path(__file__).parent
 OURS = "paxattn"
 PEERS = {f"transformers {way}": way for way in ("generate", "loop", "compiled")}
 VOCABULARY, SPECIAL = 49152, 17  # SmolLM2: token ids, of which the first are special
-REST = 0.5  # seconds between samples: threads of the one before stop spinning
+REST = 0.5  # seconds between samples
+QUIET = 0.05  # share of the cores that others may take before the table warns
 TORCH_INDEX = "https://download.pytorch.org/whl/cpu"  # the builds without CUDA, a tenth of the size
 
 type Decode = Callable[[np.ndarray, int], tuple[float, np.ndarray]]  # prompt [B, Lp], new -> seconds, tokens
@@ -75,11 +76,8 @@ class Peer:
 
     def decode(self, way: str, prompt: np.ndarray, new: int) -> tuple[float, np.ndarray]:
         """Seconds and tokens of one decode, timed on the peer's side of the pipe."""
-        print(
-            json.dumps({"way": way, "prompt": prompt.tolist(), "new": new}),
-            file=self.process.stdin,
-            flush=True,
-        )
+        request = {"way": way, "prompt": prompt.tolist(), "new": new}
+        print(json.dumps(request), file=self.process.stdin, flush=True)
         answer = self._answer()
         return answer["seconds"], np.asarray(answer["tokens"])
 
@@ -89,49 +87,74 @@ class Peer:
         return json.loads(line)
 
 
-def paxattn_decode() -> Decode:
-    """Our side: one jitted call a decode, compiled before it is timed."""
+def paxattn_decode(source: str | None) -> Decode:
+    """Our side: one jitted program for all lengths of a case, compiled before it is timed."""
     import jax
     import jax.numpy as jnp
 
     import models
     import paxattn as pax
 
-    loaded = models.load("smollm2-135m", dtype="float32")
-    generate = jax.jit(partial(pax.generate, eos_token_id=None), static_argnames="max_new_tokens")
+    model = models.load(source or "smollm2-135m", dtype="float32").model
+    generate = jax.jit(pax.generate, static_argnames="max_model_len")
+    longest = 1 + max(case.new for case in CASES)
 
     def decode(prompt: np.ndarray, new: int) -> tuple[float, np.ndarray]:
-        ids, length = jnp.asarray(prompt), jnp.full(len(prompt), prompt.shape[1], jnp.int32)
+        rows, width = prompt.shape
+        ids, length = jnp.asarray(prompt), jnp.full(rows, width, jnp.int32)
+        limits = {"max_new_tokens": jnp.int32(new), "max_model_len": width + longest}
         start = time.perf_counter()
-        out = jax.block_until_ready(generate(loaded.model, ids, length, max_new_tokens=new))
-        return time.perf_counter() - start, np.asarray(out.tokens)
+        out = jax.block_until_ready(generate(model, ids, length, **limits))
+        seconds = time.perf_counter() - start
+        assert (out.length == new).all(), out.length
+        return seconds, np.asarray(out.token_ids)[:, :new]
 
     return decode
 
 
-def measure(case: Case, sides: dict[str, Decode], rounds: int) -> dict[str, dict]:
+def rest() -> float:
+    """Half a second in which neither side works; returns the share of the cores that others took."""
+    time.sleep(REST / 2)  # threads of the side before stop spinning
+    before = _ticks()
+    time.sleep(REST / 2)
+    total, idle = (after - at for after, at in zip(_ticks(), before, strict=True))
+    return 1 - idle / total if total else 0.0
+
+
+def _ticks() -> tuple[int, int]:
+    """Clock ticks of all cores since boot, and the idle ones among them; zeros if the system does not say."""
+    stat = Path("/proc/stat")
+    words = stat.read_text().split("\n", 1)[0].split()[1:9] if stat.exists() else "0" * 8
+    ticks = [int(word) for word in words]
+    return sum(ticks), ticks[3] + ticks[4]
+
+
+def measure(case: Case, sides: dict[str, Decode], rounds: int) -> dict:
     """Raw samples of every side on one case, the sides taking turns, the order reversed each round."""
     prompt = np.random.default_rng(0).integers(SPECIAL, VOCABULARY, (case.rows, case.prompt), dtype=np.int32)
     asks = [1, 1 + case.new] if case.new else [1]
     seconds = {name: {new: [] for new in asks} for name in sides}
-    tokens = {}
+    tokens, busy = {}, []
     for turn in range(rounds + 1):  # round 0 compiles and warms
         for name in list(sides) if turn % 2 else reversed(sides):
             for new in asks:
-                time.sleep(REST)
+                others = rest()
                 took, tokens[name] = sides[name](prompt, new)
                 if turn:
                     seconds[name][new].append(took)
-    return {name: timing(case, seconds[name]) | {"tokens": tokens[name].tolist()} for name in sides}
+                    busy.append(round(others, 3))
+    timed = {name: timing(case, seconds[name]) | {"tokens": tokens[name].tolist()} for name in sides}
+    return row(case, timed) | {"busy_with_others": record.summary(busy)}
 
 
 def timing(case: Case, seconds: dict[int, list[float]]) -> dict:
-    """Milliseconds to the first token, and a step after it when there is one."""
-    first = {"first_token_ms": record.summary([1e3 * s for s in seconds[1]])}
+    """Milliseconds to the first token, and a step after it: the difference of medians, and of minima."""
+    spans = {new: record.summary([1e3 * s for s in samples]) for new, samples in seconds.items()}
     if not case.new:
-        return first
-    pairs = zip(seconds[1 + case.new], seconds[1], strict=True)
-    return first | {"step_ms": record.summary([1e3 * (long - short) / case.new for long, short in pairs])}
+        return {"first_token_ms": spans[1]}
+    long, short = spans[1 + case.new], spans[1]
+    step = {what: (long[what] - short[what]) / case.new for what in ("median", "min")}
+    return {"first_token_ms": short, "all_tokens_ms": long, "step_ms": step}
 
 
 def row(case: Case, sides: dict[str, dict]) -> dict:
@@ -141,7 +164,7 @@ def row(case: Case, sides: dict[str, dict]) -> dict:
     line = {"case": str(case), **vars(case), "compares": key, "peer": best, "sides": sides}
     if OURS in sides and best:
         same = [a == b for a, b in zip(sides[OURS]["tokens"], sides[best]["tokens"], strict=True)]
-        line |= {
+        line |= {  # equal tokens mean something only with equal weights
             "times_faster": sides[best][key]["median"] / sides[OURS][key]["median"],
             "rows_with_equal_tokens": sum(same),
         }
@@ -160,37 +183,38 @@ def table(lines: list[dict]) -> str:
         if "times_faster" in line:
             rows = f"{line['rows_with_equal_tokens']} of {line['rows']} rows with equal tokens"
             text.append(f"{'':<30}{line['times_faster']:.2f} times faster than it (*); {rows}")
+        if (busy := max(line["busy_with_others"]["samples"])) > QUIET:
+            text.append(f"{'':<30}not quiet: between samples others took up to {busy:.0%} of the cores")
     return "\n".join([*text, "* the fastest way of the peer"])
 
 
 METHOD = """
-Greedy decoding, float32, end token ignored. A round asks every side in turn for 1 token and for 1 + new
-tokens, half a second of rest before each; rounds reverse the order of the sides; round 0 compiles and is
-dropped. step_ms = (seconds of 1 + new - seconds of 1) / new; first_token_ms = seconds of 1. The peer is
-transformers with SDPA and torch.no_grad, PyTorch threads = cores, by generate() and by a hand loop with
+Greedy decoding, float32, no end token. A round asks every side in turn for 1 token and for 1 + new tokens,
+half a second of rest before each; rounds reverse the order of the sides; round 0 compiles and is dropped.
+step_ms = (time of 1 + new - time of 1) / new, of medians and of minima; first_token_ms = time of 1. The peer
+is transformers with SDPA and torch.no_grad, PyTorch threads = cores, by generate() and by a hand loop with
 DynamicCache, and when asked by that loop with StaticCache and torch.compile: the fastest median is what we
-compare with. Prompts are random token ids, the same for every side.
+compare with. Prompts are random token ids, the same for every side. busy_with_others is the share of the
+cores in use while both sides rested.
 """
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--torch-python", help="a Python with torch and transformers; made if not given")
-    parser.add_argument(
-        "--gguf", help="the peer's weights (needs gguf and accelerate there); random ones without"
+    add = parser.add_argument
+    add("--torch-python", help="a Python with torch and transformers; made if not given")
+    add(
+        "--gguf",
+        help="weights for both sides (the peer needs gguf, accelerate); random for the peer without",
     )
-    parser.add_argument(
-        "--compiled", action="store_true", help="the peer under torch.compile too (a C++ compiler)"
-    )
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", choices=("ours", "peer"), help="measure one side alone")
-    parser.add_argument("--json", action="store_true", help="print the record instead of the table")
-    parser.add_argument(
-        "--save", action="store_true", help="also write benchmarks/results/<machine>/cpu_decode.json"
-    )
+    add("--compiled", action="store_true", help="the peer under torch.compile too (needs a C++ compiler)")
+    add("--rounds", type=int, default=5)
+    add("--only", choices=("ours", "peer"), help="measure one side alone")
+    add("--json", action="store_true", help="print the record instead of the table")
+    add("--save", action="store_true", help="also write results/<machine>/cpu_decode.json")
     arguments = parser.parse_args()
 
-    sides: dict[str, Decode] = {} if arguments.only == "peer" else {OURS: paxattn_decode()}
+    sides: dict[str, Decode] = {} if arguments.only == "peer" else {OURS: paxattn_decode(arguments.gguf)}
     peer = None if arguments.only == "ours" else Peer(torch_python(arguments.torch_python), arguments.gguf)
     if peer:
         ways = {name: way for name, way in PEERS.items() if way != "compiled" or arguments.compiled}
@@ -198,15 +222,15 @@ def main() -> None:
     lines = []
     for case in CASES:
         fit = {name: side for name, side in sides.items() if case.new or not name.endswith("compiled")}
-        lines.append(row(case, measure(case, fit, arguments.rounds)))
+        lines.append(measure(case, fit, arguments.rounds))
 
-    weights = "Peer weights read from a GGUF file." if arguments.gguf else "Peer weights random, seed 0."
-    about = {"method": f"{METHOD} {weights}", "peers": peer.versions if peer else {}}
-    print(
-        json.dumps(record.document("cpu_decode", lines, **about), indent=1)
-        if arguments.json
-        else table(lines)
-    )
+    same = "The weights are those of one GGUF file, on both sides."
+    weights = same if arguments.gguf else "The peer's weights are random, seed 0."
+    about = {"method": METHOD + weights, "peers": peer.versions if peer else {}}
+    if arguments.json:
+        print(json.dumps(record.document("cpu_decode", lines, **about), indent=1))
+    else:
+        print(table(lines))
     if arguments.save:
         print(f"written: {record.write('cpu_decode', lines, **about)}", file=sys.stderr)
 
