@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 DEMO   = generate "The capital of France is" "Once upon a time" "Water boils at" "def fibonacci(n):" \
-         --max-new-tokens 48 --show-pages
+         --no-chat --max-new-tokens 48 --show-pages
 PYTEST_ARGS ?= -n 2 --dist loadfile
 BENCH_ARGS  ?=
 GPU_PYTHON  ?=
