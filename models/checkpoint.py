@@ -53,7 +53,7 @@ def save(
     import orbax.checkpoint.experimental.v1 as ocp
 
     path = path.absolute()
-    if path.exists():
+    if os.path.lexists(path):
         raise CheckpointError(f"{path} exists and is not overwritten: remove it or name another directory")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
