@@ -53,6 +53,9 @@ class LlamaConfig:
             for name, most in _LARGEST.items()
             if type(value := getattr(self, name)) is not int or not 1 <= value <= most
         ]
+        for name in ("attention_bias", "mlp_bias", "tie_word_embeddings"):
+            if type(getattr(self, name)) is not bool:
+                problems.append(f"{name} is {getattr(self, name)!r}, must be true or false")
         if not problems:
             if self.num_attention_heads % self.num_key_value_heads:
                 problems.append(
@@ -71,26 +74,15 @@ class LlamaConfig:
             type(self.sliding_window) is not int or self.sliding_window < 1
         ):
             problems.append(f"sliding_window is {self.sliding_window!r}, must be null or at least 1")
-        for name in ("attention_bias", "mlp_bias", "tie_word_embeddings"):
-            if type(getattr(self, name)) is not bool:
-                problems.append(f"{name} is {getattr(self, name)!r}, must be true or false")
-        problems += _token_problems(self) + _rope_problems(self.rope)
-        if problems:
-            raise ConfigError("the model's configuration cannot be used: " + "; ".join(problems) + ".")
+        _raise_if(problems + _token_problems(self) + _rope_problems(self.rope))
 
     @property
     def num_parameters(self) -> int:
         """Parameters in all, the embedding counted once where it is tied."""
-        embed, heads, kv_heads, dim = (
-            self.hidden_size,
-            self.num_attention_heads,
-            self.num_key_value_heads,
-            self.head_dim,
-        )
-        attention = embed * (2 * heads + 2 * kv_heads) * dim + self.attention_bias * (
-            (heads + 2 * kv_heads) * dim + embed
-        )
-        mlp = 3 * embed * self.intermediate_size + self.mlp_bias * (2 * self.intermediate_size + embed)
+        embed, mlp_width = self.hidden_size, self.intermediate_size
+        q, kv = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
+        attention = 2 * embed * (q + kv) + self.attention_bias * (q + 2 * kv + embed)
+        mlp = 3 * embed * mlp_width + self.mlp_bias * (2 * mlp_width + embed)
         tables = (1 if self.tie_word_embeddings else 2) * self.vocab_size * embed
         return tables + self.num_hidden_layers * (attention + mlp + 2 * embed) + embed
 
@@ -101,38 +93,45 @@ class LlamaConfig:
         Raises:
           ConfigError: unknown, missing or impossible fields, all listed at once.
         """
-        kind = raw.get("model_type")
+        kind = raw.get("model_type") if isinstance(raw, Mapping) else None
         if kind not in ("llama", "mistral"):
             raise ConfigError(f"model_type is {kind!r}; paxattn reads llama and mistral.")
-        fixed = {name: wanted for name, wanted in _FIXED.items() if raw.get(name, wanted) != wanted}
-        unknown = sorted(
-            set(raw) - _FIELDS - _HARMLESS - set(_FIXED) - {"rope_theta", "rope_scaling", "rope_parameters"}
-        )
+        raw = {**_HF_DEFAULTS[kind], **raw}
+        fixed = _FIXED | _FIXED_OF[kind]
+        unknown = sorted(set(raw) - _FIELDS - _HARMLESS - set(fixed) - _ROPE_FIELDS_OUTSIDE)
         missing = sorted(_REQUIRED - set(raw))
         problems = [
-            f"{name} is {raw[name]!r}, only {wanted!r} is implemented" for name, wanted in fixed.items()
+            f"{name} is {raw[name]!r}, only {wanted!r} is implemented for {kind}"
+            for name, wanted in fixed.items()
+            if raw.get(name, wanted) != wanted
         ]
         if unknown:
             problems.append(f"fields that would be ignored: {', '.join(unknown)}")
         if missing:
             problems.append(f"missing fields: {', '.join(missing)}")
-        if problems:
-            raise ConfigError("the model's configuration cannot be used: " + "; ".join(problems) + ".")
+        rope = _read_rope(raw, problems)
+        _raise_if(problems)
         values = {name: raw[name] for name in _FIELDS & set(raw)}
-        heads = values["num_attention_heads"]
-        if values.get("num_key_value_heads") is None:
+        heads, width = values["num_attention_heads"], values["hidden_size"]
+        if values["num_key_value_heads"] is None:
             values["num_key_value_heads"] = heads
         if values.get("head_dim") is None:
-            if type(heads) is not int or heads < 1 or type(values["hidden_size"]) is not int:
-                raise ConfigError(f"num_attention_heads is {heads!r}, hidden_size {values['hidden_size']!r}; "
-                                  "both must be positive integers.")  # fmt: skip
-            values["head_dim"] = values["hidden_size"] // heads
-        eos = values.get("eos_token_id")
+            values["head_dim"] = head_dim(width, heads)
+        eos = values["eos_token_id"]
         values["eos_token_id"] = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
-        return LlamaConfig(**values, rope=_read_rope(raw))
+        return LlamaConfig(**values, rope=rope)
 
     def to_dict(self) -> dict[str, Any]:
-        """A config.json that `from_dict` and transformers read."""
+        """A config.json that `from_dict` and transformers read.
+
+        Raises:
+          ConfigError: a sliding window together with biases, which no Hugging Face model type has.
+        """
+        if self.sliding_window is not None and (self.attention_bias or self.mlp_bias):
+            raise ConfigError(
+                f"sliding_window = {self.sliding_window} with attention_bias or mlp_bias has no config.json: "
+                "mistral has no biases, llama no window. Drop one of them to write this model."
+            )
         rope = {"rope_type": self.rope.rope_type, "rope_theta": self.rope.rope_theta}
         rope |= {name: getattr(self.rope, name) for name in _ROPE_FIELDS[self.rope.rope_type]}
         kept = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "rope"}
@@ -141,39 +140,50 @@ class LlamaConfig:
             del kept["mlp_bias"], kept["attention_bias"]
         else:
             del kept["sliding_window"]
-        eos = list(self.eos_token_id)
-        return {
-            "model_type": kind,
-            "hidden_act": "silu",
-            **kept,
-            "eos_token_id": eos,
-            "rope_parameters": rope,
-        }
+        ends = {"eos_token_id": list(self.eos_token_id), "rope_parameters": rope}
+        return {"model_type": kind, "hidden_act": "silu", **kept, **ends}
+
+
+def head_dim(hidden_size: object, num_attention_heads: object) -> int:
+    """The head size of a file that gives none: hidden_size / num_attention_heads, without a rest."""
+    width, heads = hidden_size, num_attention_heads
+    if type(width) is not int or type(heads) is not int or heads < 1 or width % heads:
+        raise ConfigError(
+            f"hidden_size = {width!r} cannot be cut into num_attention_heads = {heads!r} heads of one size; "
+            "correct them, or give head_dim."
+        )
+    return width // heads
 
 
 _LARGEST = {
-    "vocab_size": 2**22,
-    "hidden_size": 2**17,
-    "intermediate_size": 2**19,
-    "num_hidden_layers": 2**12,
-    "num_attention_heads": 2**12,
-    "num_key_value_heads": 2**12,
-    "head_dim": 2**12,
+    "vocab_size": 2**22, "hidden_size": 2**17, "intermediate_size": 2**19, "num_hidden_layers": 2**12,
+    "num_attention_heads": 2**12, "num_key_value_heads": 2**12, "head_dim": 2**12,
     "max_position_embeddings": 2**27,
-}
-_MOST_PARAMETERS = 2 * 10**12
+}  # fmt: skip
+_MOST_PARAMETERS, _LARGEST_ROPE = 2 * 10**12, 1e12
 _FIELDS = {f.name for f in dataclasses.fields(LlamaConfig)} - {"rope"}
 _REQUIRED = {
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "max_position_embeddings", "rms_norm_eps",
 }  # fmt: skip
-_FIXED = {"hidden_act": "silu", "pretraining_tp": 1, "rope_interleaved": False, "quantization_config": None}
+# What transformers takes where a file is silent.
+_HF_DEFAULTS = {
+    "llama": {"num_key_value_heads": None, "bos_token_id": 1, "eos_token_id": 2},
+    "mistral": {"num_key_value_heads": 8, "bos_token_id": 1, "eos_token_id": 2, "sliding_window": 4096},
+}
+_FIXED = {
+    "hidden_act": "silu", "pretraining_tp": 1, "rope_interleaved": False, "quantization_config": None,
+    "is_encoder_decoder": False, "chunk_size_feed_forward": 0,
+}  # fmt: skip
+_FIXED_OF = {"llama": {"sliding_window": None}, "mistral": {"attention_bias": False, "mlp_bias": False}}
 # Of no effect on what the model computes at inference.
 _HARMLESS = {
-    "model_type", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache", "initializer_range",
-    "attention_dropout", "pad_token_id", "_name_or_path", "is_llama_config", "transformers.js_config",
-    "_attn_implementation_autoset", "output_attentions", "output_hidden_states",
+    "model_type", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache",
+    "pad_token_id", "initializer_range", "attention_dropout", "_name_or_path", "is_llama_config",
+    "transformers.js_config", "_attn_implementation_autoset", "output_attentions", "output_hidden_states", "return_dict",
+    "id2label", "label2id", "problem_type", "unsloth_fixed", "unsloth_version",
 }  # fmt: skip
+_ROPE_FIELDS_OUTSIDE = {"rope_theta", "rope_scaling", "rope_parameters"}
 _ROPE_FIELDS = {
     "default": (),
     "linear": ("factor",),
@@ -181,11 +191,18 @@ _ROPE_FIELDS = {
 }
 
 
+def _raise_if(problems: list[str]) -> None:
+    if problems:
+        raise ConfigError("the model's configuration cannot be used: " + "; ".join(problems) + ".")
+
+
 def _is_number(value: object) -> bool:
     return type(value) in (int, float)
 
 
 def _token_problems(config: LlamaConfig) -> list[str]:
+    if type(config.eos_token_id) is not tuple:
+        return [f"eos_token_id is {config.eos_token_id!r}, must be a tuple of ids"]
     ids = [*config.eos_token_id, *([] if config.bos_token_id is None else [config.bos_token_id])]
     return [
         f"bos or eos token id {token!r} is outside the vocabulary of {config.vocab_size!r}"
@@ -198,30 +215,39 @@ def _rope_problems(rope: Rope) -> list[str]:
     if rope.rope_type not in _ROPE_FIELDS:
         return [f"rope_type is {rope.rope_type!r}, only {', '.join(_ROPE_FIELDS)} are implemented"]
     problems = [
-        f"rope {name} is {getattr(rope, name)!r}, must be a number above 0"
+        f"rope {name} is {getattr(rope, name)!r}, must be a number in (0, {_LARGEST_ROPE:g})"
         for name in ("rope_theta", *_ROPE_FIELDS[rope.rope_type])
-        if not _is_number(getattr(rope, name)) or not 0 < getattr(rope, name) < float("inf")
+        if not _is_number(getattr(rope, name)) or not 0 < getattr(rope, name) < _LARGEST_ROPE
     ]
     if not problems and rope.rope_type == "llama3" and rope.high_freq_factor <= rope.low_freq_factor:
         problems.append("rope high_freq_factor must be above low_freq_factor")
     return problems
 
 
-def _read_rope(raw: Mapping[str, Any]) -> Rope:
+def _read_rope(raw: Mapping[str, Any], problems: list[str]) -> Rope:
     """rope_parameters of transformers 5, or rope_theta and rope_scaling of older files."""
-    settings = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    if not isinstance(settings, Mapping):
-        raise ConfigError(f"rope settings are {settings!r}, must be an object.")
-    settings = dict(settings)
-    settings.setdefault("rope_theta", raw.get("rope_theta", 10000.0))
-    kind = settings.pop("rope_type", settings.pop("type", "default"))
-    settings.pop("type", None)
-    known = ("rope_theta", *_ROPE_FIELDS.get(kind, ()))
-    unknown = sorted(set(settings) - set(known))
-    if kind not in _ROPE_FIELDS or unknown:
-        extra = f"; fields that would be ignored: {', '.join(unknown)}" if unknown else ""
-        raise ConfigError(f"rope_type is {kind!r}, {', '.join(_ROPE_FIELDS)} are implemented{extra}.")
-    missing = sorted(set(known) - set(settings))
-    if missing:
-        raise ConfigError(f"rope_type {kind!r} needs {', '.join(missing)}.")
-    return Rope(rope_type=kind, **settings)
+    given = [raw[name] for name in ("rope_parameters", "rope_scaling") if raw.get(name)]
+    if any(one != given[0] for one in given) or not all(isinstance(one, Mapping) for one in given):
+        problems.append(f"rope_parameters and rope_scaling must be one object, are {given}")
+        return Rope()
+    settings = dict(given[0]) if given else {}
+    thetas = [settings.pop("rope_theta", None), raw.get("rope_theta")]
+    thetas = [theta for theta in thetas if theta is not None] or [10000.0]
+    kinds = [settings.pop(name) for name in ("rope_type", "type") if name in settings]
+    for name, found in (("rope_theta", thetas), ("rope_type", kinds)):
+        if found[1:] and found[0] != found[1]:
+            problems.append(f"{name} is said twice, as {found[0]!r} and as {found[1]!r}")
+    kind = kinds[0] if kinds else "default"
+    if kind not in tuple(_ROPE_FIELDS):
+        problems.append(f"rope_type is {kind!r}, only {', '.join(_ROPE_FIELDS)} are implemented")
+        return Rope()
+    if kind == "llama3":
+        settings.setdefault("original_max_position_embeddings", raw.get("max_position_embeddings"))
+    if settings.get("partial_rotary_factor") == 1:
+        del settings["partial_rotary_factor"]
+    known = set(_ROPE_FIELDS[kind])
+    if unknown := sorted(set(settings) - known):
+        problems.append(f"rope settings that would be ignored with rope_type {kind!r}: {', '.join(unknown)}")
+    if missing := sorted(known - set(settings)):
+        problems.append(f"rope_type {kind!r} needs {', '.join(missing)}")
+    return Rope(kind, thetas[0], **{name: settings[name] for name in known & set(settings)})

@@ -1,0 +1,93 @@
+"""The command line as a user meets it."""
+
+import json
+
+import pytest
+
+from models.cli import main
+from tests.paths import GOLDEN
+
+TINY = str(GOLDEN / "tiny_llama")
+
+
+def run(capsys, *arguments):
+    code = main([str(a) for a in arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_json_gives_the_golden_tokens(capsys):
+    row = json.loads((GOLDEN / "smollm2_expected.json").read_text())["rows"][0]
+    code, out, _ = run(capsys, "generate", row["text"], "--no-chat", "--json")
+    assert code == 0
+    (answer,) = json.loads(out)["outputs"]
+    assert answer["token_ids"] == row["greedy"]
+    assert answer["prompt_ids"] == row["input_ids"]
+    assert set(answer) == {"prompt_ids", "token_ids", "text", "finish_reason", "logprobs"}
+    assert len(answer["logprobs"]) == len(row["greedy"])
+
+
+def test_raw_ids_and_files(capsys, tmp_path):
+    expected = json.loads((GOLDEN / "tiny_llama" / "expected.json").read_text())
+    ids = [a for p in expected["prompts"][:2] for a in ("--prompt-ids", ",".join(map(str, p)))]
+    code, out, _ = run(
+        capsys, "generate", *ids, "--model", TINY, "--max-new-tokens", 6, "--block-size", 3, "--json"
+    )
+    assert code == 0
+    assert [o["token_ids"] for o in json.loads(out)["outputs"]] == [g[:6] for g in expected["greedy"][:2]]
+    (tmp_path / "many.jsonl").write_text('{"prompt": "Hello"}\n{"prompt": "Bye"}\n')
+    code, out, _ = run(
+        capsys, "generate", "--prompt-file", tmp_path / "many.jsonl", "--max-new-tokens", 2, "--json"
+    )
+    assert code == 0
+    assert len(json.loads(out)["outputs"]) == 2
+
+
+def test_the_page_map_and_the_saving_are_shown(capsys):
+    code, out, _ = run(capsys, "generate", "--prompt-ids", "1,2,3", "--prompt-ids", "4", "--model", TINY,
+                       "--show-pages", "--block-size", 4)  # fmt: skip
+    assert code == 0
+    assert "row A" in out
+    assert "row B" in out
+    assert "% saved" in out
+
+
+def test_inspect(capsys):
+    code, out, _ = run(capsys, "inspect", TINY, "--json")
+    facts = json.loads(out)
+    assert code == 0
+    assert facts["kv_bytes_per_token"] == 2 * 3 * 2 * 16 * 4
+    assert facts["parameters"] * 4 == facts["bytes"]
+    assert run(capsys, "inspect", TINY)[1].count("\n") > 10
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate"], "no prompt was given"),
+        (["generate", "--prompt-ids", "1,x"], "must be integers separated by commas"),
+        (["generate", "--prompt-ids", "1", "--model", "/no/such/dir"], "/no/such/dir"),
+        (["generate", "--prompt-ids", "1", "--model", TINY, "--block-size", "0"], "block_size is 0"),
+        (["generate", "--prompt-ids", "1", "--model", TINY, "--attention", "flash"], "'flash' is unknown"),
+        (["generate", "hello", "--model", TINY], "has no tokenizer"),
+        (["generate", "a", "b", "--stream"], "--stream prints one answer"),
+        (["generate", "--prompt-file", "/no/such/file"], "/no/such/file"),
+    ],
+)
+def test_errors_are_one_line(capsys, arguments, message):
+    code, out, err = run(capsys, *arguments)
+    assert code == 2
+    assert out == ""
+    assert message in err.splitlines()[-1]
+    assert "Traceback" not in err
+
+
+def test_help_has_examples_and_version(capsys):
+    for arguments in (["--help"], ["generate", "--help"]):
+        with pytest.raises(SystemExit) as end:
+            main(arguments)
+        assert end.value.code == 0
+        assert "examples:" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out.startswith("paxattn ")

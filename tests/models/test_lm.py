@@ -1,0 +1,89 @@
+"""Text in, text out: streaming, stop strings, batches, and what is refused."""
+
+import pytest
+
+import models
+from models.cli import main
+from tests.paths import GOLDEN
+
+TEXT = "The capital of France is"
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return models.load("smollm2-135m")
+
+
+@pytest.fixture(scope="module")
+def whole(lm):
+    return lm.generate([TEXT], chat=False, max_new_tokens=30).outputs[0]
+
+
+def test_stream_pieces_are_the_whole_text(lm, whole):
+    pieces = list(lm.stream(TEXT, chat=False, max_new_tokens=30, steps=3))
+    assert "".join(pieces) == whole.text
+    assert len(pieces) > 3
+
+
+def test_stop_strings_end_before_the_text(lm, whole):
+    output = lm.generate([TEXT], chat=False, max_new_tokens=30, stop_strings=["answer"]).outputs[0]
+    assert output.text == whole.text[: whole.text.index("answer")]
+    assert output.finish_reason == "stop"
+    assert output.token_ids == whole.token_ids[: len(output.token_ids)]
+    assert len(output.token_ids) < len(whole.token_ids)
+    streamed = lm.stream(TEXT, chat=False, max_new_tokens=30, stop_strings=["answer"])
+    assert "".join(streamed) == output.text
+
+
+def test_more_prompts_than_rows_are_answered_in_order(lm, whole):
+    run = lm.generate(["Water boils at", TEXT, "Once"], chat=False, max_new_tokens=6, max_num_seqs=2)
+    assert len(run.outputs) == 3
+    assert run.outputs[1].token_ids == whole.token_ids[:6]
+    assert run.outputs[1].finish_reason == "length"
+    assert run.stats["blocks_allocated"] == run.stats["blocks_freed"]
+
+
+def test_sampling_follows_the_seed(lm):
+    def draw(seed):
+        return lm.generate(
+            [TEXT], chat=False, max_new_tokens=8, temperature=1.0, top_p=0.9, seed=seed
+        ).outputs
+
+    assert draw(1) == draw(1)
+    assert draw(1) != draw(2)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "message"),
+    [
+        ([], {}, "prompt 0 is empty"),
+        ([49152], {}, "a token id is 49152"),
+        ([5], {"max_new_tokens": 9000}, "max_position_embeddings"),
+        ([5], {"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ([5], {"temperature": -1.0}, "temperature is -1"),
+        ([5], {"num_beams": 2}, "unknown options num_beams"),
+        ([5], {"max_num_seqs": 0}, "max_num_seqs is 0"),
+        ([5] * 40, {"num_blocks": 2}, "never fits"),
+    ],
+)
+def test_bad_input_is_refused(lm, prompt, options, message):
+    with pytest.raises(ValueError, match=message):
+        lm.generate([prompt], **options)
+
+
+def test_a_model_without_tokenizer_takes_ids():
+    tiny = models.load(GOLDEN / "tiny_llama")
+    assert tiny.tokenizer is None
+    assert tiny.generate([[87]], max_new_tokens=3).outputs[0].text is None
+    with pytest.raises(ValueError, match="has no tokenizer"):
+        tiny.generate(["text"])
+
+
+def test_orbax_round_trip(tmp_path, capsys):
+    assert main(["convert", str(GOLDEN / "tiny_llama"), str(tmp_path / "out"), "--json"]) == 0
+    again = models.load(tmp_path / "out")
+    tiny = models.load(GOLDEN / "tiny_llama")
+    prompt = [[82, 154, 252]]
+    assert again.generate(prompt, max_new_tokens=9).outputs == tiny.generate(prompt, max_new_tokens=9).outputs
+    assert main(["convert", str(GOLDEN / "tiny_llama"), str(tmp_path / "out")]) == 2
+    assert "exists already" in capsys.readouterr().err

@@ -1,0 +1,109 @@
+"""Tests of the tests: hand-made faults, each of which the suite must catch.
+
+    copy of the tree --one fault--> pytest (the laws) --must fail--> caught
+
+Run as `python -m tests.mutants [--json]`; exit code 1 when a mutant survives.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+from tests.paths import ROOT
+
+PAGES, GENERATE = "tests/paxattn/test_pages.py", "tests/paxattn/test_generate.py"
+ATTENTION, SAMPLING = "tests/pallas_kernels/test_paged_attention.py", "tests/paxattn/test_sampling.py"
+
+
+class Mutant(NamedTuple):
+    """One fault: `old` becomes `new` in `file`, and `tests` must notice."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+MUTANTS = (
+    Mutant("hand out NULL", "paxattn/blocks.py", ".at[NULL].set(False)", "", PAGES),
+    Mutant("clamp refcounts at zero", "paxattn/blocks.py", "return Blocks(blocks.refcount - references(ids, blocks.refcount.shape[0]))", "return Blocks(jnp.maximum(blocks.refcount - references(ids, blocks.refcount.shape[0]), 0))", PAGES),
+    Mutant("allocate in part", "paxattn/blocks.py", "given = wanted & ok", "given = wanted", PAGES),
+    Mutant("never copy on write", "paxattn/pages.py", "return writes & ~keeps", "return writes & False", PAGES),
+    Mutant("every holder copies", "paxattn/pages.py", "& (last_writer[tail] == row)", "& (last_writer[tail] < 0)", PAGES),
+    Mutant("copy but keep the reference", "paxattn/pages.py", "end, release(blocks, source)", "end, blocks", PAGES),
+    Mutant("do not copy the data", "paxattn/cache.py", "copies.count > 0", "copies.count > 99", PAGES),
+    Mutant("truncate keeps a block too many", "paxattn/pages.py", "table.pages.shape[1]) < table.pages_for(length)[:, None]\n    blocks", "table.pages.shape[1]) <= table.pages_for(length)[:, None]\n    blocks", PAGES),
+    Mutant("fork forgets to release", "paxattn/pages.py", "release(retain(table.blocks, pages), table.pages)", "retain(table.blocks, pages)", PAGES),
+    Mutant("a failed append leaves traces", "paxattn/pages.py", "jnp.where(ok, new, old), grown, table)", "new, grown, table)", PAGES),
+    Mutant("idle tokens are written", "paxattn/cache.py", "jnp.where(plan.live, plan.block, num_blocks + jnp.arange(plan.block.size))", "jnp.where(plan.live, plan.block, 1)", PAGES),
+    Mutant("positions off by one", "paxattn/cache.py", "token - query_start[row] + table.length[row] - count[row]", "token - query_start[row] + table.length[row] - count[row] - 1", PAGES),
+    Mutant("V of dead slots is not zeroed", "pallas_kernels/xla.py", "jnp.where(seen.any(axis=1)[:, None, :, None], _gather(v_pool, ids), 0)", "_gather(v_pool, ids)", ATTENTION),
+    Mutant("causal mask off by one", "pallas_kernels/xla.py", "seen = at <= position[:, :, None]", "seen = at < position[:, :, None]", ATTENTION),
+    Mutant("window off by one", "pallas_kernels/xla.py", "seen &= at > position[:, :, None] - sliding_window", "seen &= at >= position[:, :, None] - sliding_window", ATTENTION),
+    Mutant("values from keys", "pallas_kernels/xla.py", "_gather(v_pool, ids), 0)", "_gather(k_pool, ids), 0)", ATTENTION),
+    Mutant("no rescaling of the running sum", "pallas_kernels/xla.py", "total * shrink + weight", "total + weight", ATTENTION),
+    Mutant("the last chunk is skipped", "pallas_kernels/xla.py", "(jnp.max(position) + width) // width", "jnp.maximum(jnp.max(position), 1) // width", ATTENTION),
+    Mutant("finished rows keep their blocks", "paxattn/decoding/step.py", "(finish != Finish.RUNNING) & (cache.table.length > 0)", "(finish != Finish.RUNNING) & (cache.table.length > 999)", GENERATE),
+    Mutant("eos is not stopped at", "paxattn/decoding/step.py", "(token[:, None] == state.eos).any(axis=-1), Finish.STOP", "(token[:, None] < state.eos).any(axis=-1) & False, Finish.STOP", GENERATE),
+    Mutant("rows pick before their prompt is fed", "paxattn/decoding/step.py", "ok & (count > 0) & (cache.table.length == state.known)", "ok & (count > 0)", GENERATE),
+    Mutant("NaN rows go on", "paxattn/decoding/step.py", "jnp.where(finite, ended, Finish.NOT_FINITE)", "ended", GENERATE),
+    Mutant("noise is shared by rows", "paxattn/decoding/sampling.py", "noise(sampling.key, known)", "noise(jnp.broadcast_to(sampling.key[0], sampling.key.shape), known)", SAMPLING),
+    Mutant("top-k keeps one too few", "paxattn/decoding/sampling.py", "k.astype(jnp.float32)", "(k - 1).astype(jnp.float32)", SAMPLING),
+)  # fmt: skip
+
+
+def caught(mutant: Mutant) -> tuple[bool, str]:
+    """Whether the mutant's tests fail on it, and pytest's last line."""
+    with tempfile.TemporaryDirectory() as scratch:
+        tree = Path(scratch)
+        for part in ("paxattn", "pallas_kernels", "models", "tests"):
+            shutil.copytree(ROOT / part, tree / part, ignore=shutil.ignore_patterns("__pycache__", "golden"))
+        shutil.copy(ROOT / "pyproject.toml", tree)
+        file = tree / mutant.file
+        text = file.read_text()
+        if mutant.old and text.count(mutant.old) != 1:
+            return (
+                False,
+                f"{mutant.old!r} stands {text.count(mutant.old)} times in {mutant.file}, must stand once",
+            )
+        file.write_text(text.replace(mutant.old, mutant.new))
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", mutant.tests]
+        result = subprocess.run(
+            command, cwd=tree, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": scratch}
+        )
+        lines = result.stdout.strip().splitlines()
+        # 1 is "tests failed"; anything else (nothing collected, a crash of pytest) is not a catch.
+        return result.returncode == 1, lines[-1] if lines else result.stderr[-200:]
+
+
+def main() -> int:
+    """Runs all mutants, two at a time."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--only", default="", help="mutants whose name holds this")
+    options = parser.parse_args()
+    chosen = [m for m in MUTANTS if options.only in m.name]
+    with ThreadPoolExecutor(2) as pool:
+        results = []
+        for mutant, (ok, line) in zip(chosen, pool.map(caught, chosen), strict=True):
+            results.append({"mutant": mutant.name, "file": mutant.file, "caught": ok, "pytest": line})
+            if not options.json:
+                print(f"{'caught  ' if ok else 'SURVIVED'}  {mutant.name:40} {line}", flush=True)
+    survivors = sum(not r["caught"] for r in results)
+    if options.json:
+        print(json.dumps(results, indent=1))
+    else:
+        print(f"{len(results) - survivors} of {len(results)} mutants caught")
+    return min(survivors, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

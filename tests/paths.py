@@ -1,0 +1,6 @@
+"""Where the tests' files lie."""
+
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+GOLDEN = Path(__file__).parent / "golden"
