@@ -101,9 +101,7 @@ def main() -> None:
     parser.add_argument("--gguf", help="weights to read; random ones of the same shapes without")
     arguments = parser.parse_args()
     answers, sys.stdout = sys.stdout, sys.stderr  # whatever else prints must not stand between the answers
-    torch.set_num_threads(
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    )
+    torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
     model = load(arguments.gguf)
     about = {"torch": torch.__version__, "transformers": transformers.__version__}
     about |= {"torch_threads": str(torch.get_num_threads()), "peer_python": sys.version.split()[0]}

@@ -92,11 +92,7 @@ def write(
 def _folder(record: dict) -> str:
     """A folder name such as `amd-epyc-2-cores` or `nvidia-h100-80gb-hbm3`."""
     on_cpu = record["device"]["platform"] == "cpu"
-    kind = (
-        f"{record['machine']['cpu']} {record['machine']['cores']} cores"
-        if on_cpu
-        else record["device"]["kind"]
-    )
+    kind = f"{record['machine']['cpu']} {record['machine']['cores']} cores" if on_cpu else record["device"]["kind"]
     return re.sub(r"[^a-z0-9]+", "-", kind.lower()).strip("-")
 
 

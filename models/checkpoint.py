@@ -58,9 +58,7 @@ def save(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as scratch:
-            draft = (
-                Path(scratch) / path.name
-            )  # made here: the scratch directory itself is private to its owner
+            draft = Path(scratch) / path.name  # made here: the scratch directory itself is private to its owner
             draft.mkdir()
             if tokenizer is not None:
                 tokenizer.save(draft)
@@ -122,11 +120,7 @@ def _verify(path: Path) -> None:
     complaints = [
         *(f"missing: {name}" for name in sorted(expected.keys() - found.keys())),
         *(f"not in the manifest: {name}" for name in sorted(found.keys() - expected.keys())),
-        *(
-            f"changed: {name}"
-            for name in sorted(expected.keys() & found.keys())
-            if expected[name] != found[name]
-        ),
+        *(f"changed: {name}" for name in sorted(expected.keys() & found.keys()) if expected[name] != found[name]),
     ]
     if complaints:
         listing = "\n  ".join(complaints)
@@ -139,10 +133,7 @@ def _verify(path: Path) -> None:
 def _inventory(root: Path) -> dict[str, dict[str, Any]]:
     """Size in bytes and sha256 of every file under `root`, by relative path, the manifest left out."""
     files = (file for file in sorted(root.rglob("*")) if not file.is_dir() and file != root / MANIFEST)
-    return {
-        file.relative_to(root).as_posix(): {"size": file.stat().st_size, "sha256": sha256(file)}
-        for file in files
-    }
+    return {file.relative_to(root).as_posix(): {"size": file.stat().st_size, "sha256": sha256(file)} for file in files}
 
 
 def _write_json(path: Path, content: Any) -> None:

@@ -51,9 +51,7 @@ def parser() -> argparse.ArgumentParser:
         return sub
 
     def add_dtype(sub: argparse.ArgumentParser) -> None:
-        sub.add_argument(
-            "--dtype", default="float32", choices=("float32", "bfloat16"), help="of weights and cache"
-        )
+        sub.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of weights and cache")
 
     generate = command("generate", "Answer prompts, all in one batch.")
     add = generate.add_argument
@@ -149,9 +147,7 @@ def _prompts(options: argparse.Namespace) -> list[str | list[int]]:
         try:
             prompts.append([int(token) for token in ids.split(",")])
         except ValueError as error:
-            raise ValueError(
-                f"--prompt-ids {ids!r} must be integers separated by commas, like 1,2,3."
-            ) from error
+            raise ValueError(f"--prompt-ids {ids!r} must be integers separated by commas, like 1,2,3.") from error
     if not prompts:
         raise ValueError("no prompt was given; pass TEXT, --prompt-file or --prompt-ids.")
     return prompts
@@ -241,9 +237,7 @@ def _inspect(options: argparse.Namespace) -> int:
         print(f"{name:28} {value}")
     print(f"\n{facts['parameters']:,} parameters, {size / 1e6:,.1f} MB in {options.dtype}")
     print(f"{spec.bytes_per_token:,} bytes of K and V a token, {block:,} a block of {options.block_size}")
-    print(
-        f"{facts['blocks_that_fit']:,} blocks ({facts['tokens_that_fit']:,} tokens) fit in {free / 1e9:,.1f} GB free"
-    )
+    print(f"{facts['blocks_that_fit']:,} blocks ({facts['tokens_that_fit']:,} tokens) fit in {free / 1e9:,.1f} GB free")
     return 0
 
 

@@ -65,14 +65,10 @@ class LlamaConfig:
             if self.head_dim % 2:
                 problems.append(f"head_dim is {self.head_dim}, must be even for rotary embedding")
             if self.num_parameters > _MOST_PARAMETERS:
-                problems.append(
-                    f"the sizes make {self.num_parameters:,} parameters, more than {_MOST_PARAMETERS:,}"
-                )
+                problems.append(f"the sizes make {self.num_parameters:,} parameters, more than {_MOST_PARAMETERS:,}")
         if not _is_number(self.rms_norm_eps) or not 0 < self.rms_norm_eps < 1:
             problems.append(f"rms_norm_eps is {self.rms_norm_eps!r}, must be in (0, 1)")
-        if self.sliding_window is not None and (
-            type(self.sliding_window) is not int or self.sliding_window < 1
-        ):
+        if self.sliding_window is not None and (type(self.sliding_window) is not int or self.sliding_window < 1):
             problems.append(f"sliding_window is {self.sliding_window!r}, must be null or at least 1")
         _raise_if(problems + _token_problems(self) + _rope_problems(self.rope))
 

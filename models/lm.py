@@ -10,7 +10,7 @@ compile nothing.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -67,9 +67,7 @@ class LM:
         if not isinstance(prompt, str):
             return [int(token) for token in prompt]
         if self.tokenizer is None:
-            raise ValueError(
-                f"{self.name} has no tokenizer: give token ids, or put tokenizer.json beside the weights."
-            )
+            raise ValueError(f"{self.name} has no tokenizer: give token ids, or put tokenizer.json beside the weights.")
         chat = self.tokenizer.has_chat_template if chat is None else chat
         return self.tokenizer.encode_chat(prompt) if chat else self.tokenizer.encode(prompt)
 
@@ -116,9 +114,7 @@ class LM:
         if bad:
             raise ValueError(f"token id {bad[0]} is outside the vocabulary [0, {self.model.vocab_size}).")
         spec, blocks = self.model.cache_spec, 1 + -(-width // block_size)
-        cache = pax.Cache.create(
-            spec, num_blocks=blocks, block_size=block_size, max_num_seqs=1, max_model_len=width
-        )
+        cache = pax.Cache.create(spec, num_blocks=blocks, block_size=block_size, max_num_seqs=1, max_model_len=width)
         tokens = jnp.asarray(ids, jnp.int32)
         logits, _, status = _score(self.model, cache, tokens, jnp.array([width]), width, attention)
         pax.check(status)
@@ -189,15 +185,13 @@ class LM:
             state = pax.start(
                 self.model,
                 jnp.asarray(ids),
-                np.array(list(map(len, rows)), np.int32),
-                max_new_tokens=np.full(len(rows), max_new_tokens, np.int32),
+                jnp.array(list(map(len, rows)), jnp.int32),
+                max_new_tokens=jnp.full(len(rows), max_new_tokens, jnp.int32),
                 max_model_len=width + _bucket(max_new_tokens),
                 block_size=block_size,
                 num_blocks=num_blocks,
                 eos_token_id=eos,
-                key=jax.vmap(functools.partial(jax.random.fold_in, key))(
-                    jnp.arange(first, first + len(rows))
-                ),
+                key=jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(first, first + len(rows))),
                 **sampling,
             )
             budget = pax.prefill_budget(ids.shape, max_num_batched_tokens)
@@ -276,14 +270,19 @@ class Batch:
 
     def _cut_at(self, tokens: list[int]) -> tuple[str | None, bool, int]:
         """Text before the first stop string, whether there was one, and the tokens up to its end."""
-        if self.tokenizer is None:
+        if (tokenizer := self.tokenizer) is None:
             return None, False, len(tokens)
-        decode: Callable[[int], str] = lambda n: self.tokenizer.decode(self.visible(tokens[:n]))  # noqa: E731
+
+        def decode(n: int) -> str:
+            return tokenizer.decode(self.visible(tokens[:n]))
+
+        def has_stop(n: int) -> bool:
+            return any(stop in decode(n) for stop in self.stop_strings)
+
         text = decode(len(tokens))
         found = [at for at in (text.find(stop) for stop in self.stop_strings) if at >= 0]
         if not found:
             return text, False, len(tokens)
-        has_stop = lambda n: any(stop in decode(n) for stop in self.stop_strings)  # noqa: E731
         return text[: min(found)], True, next(n for n in range(1, len(tokens) + 1) if has_stop(n))
 
 

@@ -70,9 +70,7 @@ def read_config(path: Path) -> LlamaConfig:
         extra = path / "generation_config.json"
         eos = json.loads(extra.read_text()).get("eos_token_id") if extra.is_file() else None
     except (OSError, json.JSONDecodeError) as error:
-        raise CheckpointError(
-            f"{path} has no readable config.json ({error}); is it a model directory?"
-        ) from error
+        raise CheckpointError(f"{path} has no readable config.json ({error}); is it a model directory?") from error
     return LlamaConfig.from_dict(raw if eos is None else {**raw, "eos_token_id": eos})
 
 
@@ -80,9 +78,7 @@ def _from_params(params: dict[str, jax.Array]) -> Init:
     def init(name: str, shape: tuple[int, ...]) -> jax.Array:
         if name not in params or params[name].shape != shape:
             found = params[name].shape if name in params else "no such parameter"
-            raise CheckpointError(
-                f"{name} should have shape {shape}; found {found}. Convert the checkpoint again."
-            )
+            raise CheckpointError(f"{name} should have shape {shape}; found {found}. Convert the checkpoint again.")
         return params.pop(name)
 
     return init
@@ -92,9 +88,7 @@ def _from_tensors(source: TensorSource, config: LlamaConfig, dtype: jnp.dtype) -
     """Reads Hugging Face tensors [out, in] into the fused parameters [in, out] of `models.llama`."""
     check_tensors(source, expected_tensors(config))
     heads = (config.num_key_value_heads, -1, config.head_dim)
-    bar = tqdm(
-        total=len(expected_tensors(config)), desc="load", unit="tensor", disable=not sys.stderr.isatty()
-    )
+    bar = tqdm(total=len(expected_tensors(config)), desc="load", unit="tensor", disable=not sys.stderr.isatty())
 
     def read(name: str) -> np.ndarray:
         bar.update()

@@ -98,23 +98,17 @@ def _read_index(index: Path) -> dict[str, _Place]:
         weight_map = json.loads(index.read_text())["weight_map"]
         files = sorted(set(weight_map.values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"{index} is no index with a weight_map ({error!r}); fetch it again."
-        ) from error
+        raise CheckpointError(f"{index} is no index with a weight_map ({error!r}); fetch it again.") from error
     places: dict[str, _Place] = {}
     for file in files:
         if not isinstance(file, str) or Path(file).name != file:
-            raise CheckpointError(
-                f"{index} points outside its folder: {file!r}; every shard must lie beside it."
-            )
+            raise CheckpointError(f"{index} points outside its folder: {file!r}; every shard must lie beside it.")
         path = index.parent / file
         if not path.is_file():
             raise CheckpointError(f"{index} names {file}, which is not there; fetch the missing shard.")
         for name, place in _read_header(path).items():
             if weight_map.get(name) != file:
-                raise CheckpointError(
-                    f"{file} holds {name}, which {index.name} puts into {weight_map.get(name)}."
-                )
+                raise CheckpointError(f"{file} holds {name}, which {index.name} puts into {weight_map.get(name)}.")
             places[name] = place
     absent = sorted(set(weight_map) - set(places))
     if absent:
@@ -158,9 +152,7 @@ def _read_header(path: Path) -> dict[str, _Place]:
         if info.dtype not in DTYPES:
             raise refuse(f"{name} has dtype {info.dtype!r}, only {', '.join(DTYPES)} are read")
         if not sane or end - begin != math.prod(info.shape) * DTYPES[info.dtype].itemsize:
-            raise refuse(
-                f"{name} of shape {list(info.shape)} {info.dtype} does not fill bytes {begin} to {end}"
-            )
+            raise refuse(f"{name} of shape {list(info.shape)} {info.dtype} does not fill bytes {begin} to {end}")
         spans.append((begin, end, name))
         places[name] = _Place(path, info, 8 + length + begin)
     at = 0

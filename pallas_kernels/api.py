@@ -81,9 +81,7 @@ def _check(q, k_pool, v_pool, pages, length, query_start, sliding_window, soft_c
     require(q.ndim == 3, f"q has shape {q.shape}, must be [T, H, D].")
     require(k_pool.ndim == 4, f"k_pool has shape {k_pool.shape}, must be [N, K, S, D].")
     require(k_pool.shape == v_pool.shape, f"k_pool {k_pool.shape} and v_pool {v_pool.shape} differ.")
-    require(
-        q.shape[2] == k_pool.shape[3], f"head size of q ({q.shape[2]}) and k_pool ({k_pool.shape[3]}) differ."
-    )
+    require(q.shape[2] == k_pool.shape[3], f"head size of q ({q.shape[2]}) and k_pool ({k_pool.shape[3]}) differ.")
     heads, kv_heads = q.shape[1], k_pool.shape[1]
     require(heads % kv_heads == 0, f"{heads} query heads are no multiple of {kv_heads} KV heads.")
     require(pages.ndim == 2, f"pages has shape {pages.shape}, must be [B, P].")
@@ -92,9 +90,7 @@ def _check(q, k_pool, v_pool, pages, length, query_start, sliding_window, soft_c
         length.shape == (rows,),
         f"length has shape {length.shape}, must be [{rows}] as pages has {rows} rows.",
     )
-    require(
-        query_start.shape == (rows + 1,), f"query_start has shape {query_start.shape}, must be [{rows + 1}]."
-    )
+    require(query_start.shape == (rows + 1,), f"query_start has shape {query_start.shape}, must be [{rows + 1}].")
     require(
         sliding_window is None or sliding_window > 0,
         f"sliding_window is {sliding_window}, must be at least 1.",

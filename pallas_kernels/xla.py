@@ -51,9 +51,7 @@ def paged_attention(
         score = jnp.where(seen[:, None, :, None], score, -jnp.inf)
         new_high = jnp.maximum(high, score.max(axis=-1))
         shrink, weight = jnp.exp(high - new_high), jnp.exp(score - new_high[..., None])
-        part = jnp.einsum(
-            "nkqgj,nkjd->nkqgd", weight.astype(values.dtype), values, preferred_element_type=jnp.float32
-        )
+        part = jnp.einsum("nkqgj,nkjd->nkqgd", weight.astype(values.dtype), values, preferred_element_type=jnp.float32)
         return new_high, total * shrink + weight.sum(axis=-1), acc * shrink[..., None] + part
 
     shape = (num_tiles, kv_heads, tile, group)

@@ -43,9 +43,7 @@ class Blocks:
         return self.refcount.shape[0] - 1 - self.num_free
 
 
-def allocate(
-    blocks: Blocks, want: Bool[Array, "*cells"]
-) -> tuple[Blocks, Int32[Array, "*cells"], Bool[Array, ""]]:
+def allocate(blocks: Blocks, want: Bool[Array, "*cells"]) -> tuple[Blocks, Int32[Array, "*cells"], Bool[Array, ""]]:
     """One fresh block for each True cell, or none at all.
 
     Args:

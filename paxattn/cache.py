@@ -51,9 +51,7 @@ class Cache:
     layers: tuple[KV, ...]
 
     @staticmethod
-    def create(
-        spec: CacheSpec, *, num_blocks: int, block_size: int, max_num_seqs: int, max_model_len: int
-    ) -> "Cache":
+    def create(spec: CacheSpec, *, num_blocks: int, block_size: int, max_num_seqs: int, max_model_len: int) -> "Cache":
         """An empty cache of num_blocks - 1 usable blocks, the pools zero."""
         table = PageTable.create(
             num_blocks=num_blocks,
@@ -64,9 +62,7 @@ class Cache:
         shape = (num_blocks, spec.num_kv_heads, block_size, spec.head_dim)
         return Cache(
             table,
-            tuple(
-                KV(jnp.zeros(shape, spec.dtype), jnp.zeros(shape, spec.dtype)) for _ in range(spec.num_layers)
-            ),
+            tuple(KV(jnp.zeros(shape, spec.dtype), jnp.zeros(shape, spec.dtype)) for _ in range(spec.num_layers)),
         )
 
 
@@ -124,9 +120,7 @@ def _plan(table: PageTable, count: Int32[Array, "B"], copies: Copies, budget: in
     row = jnp.where(live, jnp.sum(token[:, None] >= query_start[1:], axis=1, dtype=jnp.int32), 0)
     position = jnp.where(live, token - query_start[row] + table.length[row] - count[row], -1)
     block, slot = locate(table, row, position)
-    return Plan(
-        row, jnp.maximum(position, 0), block, slot, query_start, table.pages, table.length, copies, attention
-    )
+    return Plan(row, jnp.maximum(position, 0), block, slot, query_start, table.pages, table.length, copies, attention)
 
 
 def _copy_blocks(layers: tuple[KV, ...], copies: Copies) -> tuple[KV, ...]:

@@ -94,9 +94,7 @@ def append(table: PageTable, count: Int32[Array, "B"]) -> tuple[PageTable, Copie
 
     source = jnp.where(copy, _block_at(table.pages, tail), NULL)
     target = jnp.where(copied, ids, NULL).sum(axis=1, dtype=jnp.int32)
-    grown = PageTable(
-        jnp.where(fresh | copied, ids, table.pages), end, release(blocks, source), table.block_size
-    )
+    grown = PageTable(jnp.where(fresh | copied, ids, table.pages), end, release(blocks, source), table.block_size)
     status = first(
         (jnp.any(count < 0), Status.BAD_COUNT),
         (jnp.any(end > table.capacity), Status.ROW_FULL),
@@ -172,8 +170,7 @@ def violations(table: PageTable) -> dict[str, Int32[Array, ""]]:
     distinct = jnp.where(live & (pages != NULL), pages, -1 - jnp.arange(pages.shape[1]))
     ordered = jnp.sort(distinct, axis=1)
     broken = {
-        "refcount is not the number of cells": refcount
-        != references(jnp.where(valid, pages, NULL), num_blocks),
+        "refcount is not the number of cells": refcount != references(jnp.where(valid, pages, NULL), num_blocks),
         "refcount is negative": refcount < 0,
         "NULL is in use": refcount[NULL] != 0,
         "block id is out of range": ~valid,

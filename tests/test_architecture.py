@@ -55,18 +55,14 @@ def torchless(path: Path, source: str) -> list[str]:
 
 def live_annotations(path: Path, source: str) -> list[str]:
     """Annotations stay objects: as strings, jaxtyping's letters would bind nothing."""
-    future = (
-        n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.ImportFrom) and n.module == "__future__"
-    )
+    future = (n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.ImportFrom) and n.module == "__future__")
     found = any(alias.name == "annotations" for node in future for alias in node.names)
     return [f"{path}: no `from __future__ import annotations`"] if found else []
 
 
 def docstring(path: Path, source: str) -> list[str]:
     """Every module says first what it is for."""
-    return (
-        [] if (ast.get_docstring(ast.parse(source)) or "").strip() else [f"{path}: opens without a docstring"]
-    )
+    return [] if (ast.get_docstring(ast.parse(source)) or "").strip() else [f"{path}: opens without a docstring"]
 
 
 def short(path: Path, source: str) -> list[str]:

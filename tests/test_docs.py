@@ -21,11 +21,7 @@ LEFT_ALONE = {"make", "git", "pip", "uv", "cd"}
 
 def blocks(text: str, *languages: str) -> list[str]:
     """Contents of the fenced blocks of `text` marked with one of `languages`."""
-    return [
-        body
-        for mark, body in re.findall(r"^```(\w*)[^\n]*\n(.*?)^```", text, re.M | re.S)
-        if mark in languages
-    ]
+    return [body for mark, body in re.findall(r"^```(\w*)[^\n]*\n(.*?)^```", text, re.M | re.S) if mark in languages]
 
 
 def commands(text: str) -> list[list[str]]:

@@ -12,6 +12,7 @@ Wrap it in `jax.jit` as you like; streaming calls `advance` a few steps at a tim
 from collections.abc import Sequence
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 
@@ -110,9 +111,7 @@ def start(
     rows, width = prompt_ids.shape
     if max_model_len is None:
         if _is_traced(max_new_tokens):
-            raise ValueError(
-                "max_new_tokens is traced, so it cannot size the page table: pass max_model_len."
-            )
+            raise ValueError("max_new_tokens is traced, so it cannot size the page table: pass max_model_len.")
         max_model_len = width + int(np.max(max_new_tokens))
     _check(model, prompt_ids, prompt_length, max_new_tokens, max_model_len, block_size, num_blocks, sampling)
     if num_blocks is None:
@@ -176,9 +175,7 @@ def _is_traced(value) -> bool:
     return isinstance(value, jax.core.Tracer)
 
 
-def _check(
-    model, prompt_ids, prompt_length, max_new_tokens, max_model_len, block_size, num_blocks, sampling
-) -> None:
+def _check(model, prompt_ids, prompt_length, max_new_tokens, max_model_len, block_size, num_blocks, sampling) -> None:
     """Refuses what can be seen to be wrong on the host; traced values are the caller's own responsibility."""
 
     def require(value, name: str, good, limit: str) -> None:
@@ -192,16 +189,10 @@ def _check(
 
     rows, width = prompt_ids.shape
     if rows == 0 or width == 0:
-        raise ValueError(
-            f"prompt_ids has shape {prompt_ids.shape}; at least one prompt of one token is needed."
-        )
+        raise ValueError(f"prompt_ids has shape {prompt_ids.shape}; at least one prompt of one token is needed.")
     require(block_size, "block_size", lambda x: x >= 1, "it must be at least 1 token.")
-    require(
-        num_blocks, "num_blocks", lambda x: x >= 2, "it must be at least 2, as block 0 is never handed out."
-    )
-    require(
-        prompt_length, "prompt_length", lambda x: x >= 1, "a prompt cannot be empty; give at least one token."
-    )
+    require(num_blocks, "num_blocks", lambda x: x >= 2, "it must be at least 2, as block 0 is never handed out.")
+    require(prompt_length, "prompt_length", lambda x: x >= 1, "a prompt cannot be empty; give at least one token.")
     require(prompt_length, "prompt_length", lambda x: x <= width, f"prompt_ids has {width} columns.")
     require(max_new_tokens, "max_new_tokens", lambda x: x >= 1, "it must be at least 1.")
     knobs = {
@@ -216,9 +207,7 @@ def _check(
     }
     unknown = sorted(set(sampling) - {*knobs, "key"})
     if unknown:
-        raise ValueError(
-            f"unknown options {', '.join(unknown)}; sampling takes {', '.join((*knobs, 'key'))}."
-        )
+        raise ValueError(f"unknown options {', '.join(unknown)}; sampling takes {', '.join((*knobs, 'key'))}.")
     for name, (good, limit) in knobs.items():
         require(sampling.get(name), name, good, limit)
     if _is_traced(prompt_length):
@@ -233,9 +222,7 @@ def _check(
             f"ids are in [0, {model.vocab_size}).",
         )
     if not _is_traced(max_new_tokens):
-        limit = (
-            f"a row holds max_model_len = {max_model_len} tokens; shorten the prompt or raise max_model_len."
-        )
+        limit = f"a row holds max_model_len = {max_model_len} tokens; shorten the prompt or raise max_model_len."
         require(
             lengths + np.asarray(max_new_tokens),
             "prompt + max_new_tokens",

@@ -84,11 +84,7 @@ def pick(
 def _penalise(logits, penalty, tokens, known):
     row = jnp.arange(logits.shape[0])[:, None]
     counted = jnp.arange(tokens.shape[1]) < known[:, None]
-    seen = (
-        jnp.zeros(logits.shape, bool)
-        .at[row, jnp.where(counted, tokens, logits.shape[1])]
-        .set(True, mode="drop")
-    )
+    seen = jnp.zeros(logits.shape, bool).at[row, jnp.where(counted, tokens, logits.shape[1])].set(True, mode="drop")
     scaled = jnp.where(logits > 0, logits / penalty[:, None], logits * penalty[:, None])
     return jnp.where(seen, scaled, logits)
 
@@ -97,9 +93,7 @@ def _sample(logits, sampling, known):
     greedy = sampling.temperature <= 0
     scaled = logits / jnp.where(greedy, 1, sampling.temperature)[:, None]
     filters = (sampling.top_k > 0) | (sampling.top_p < 1) | (sampling.min_p > 0)
-    kept = jax.lax.cond(
-        jnp.any(filters), lambda: keep(scaled, sampling), lambda: jnp.ones(logits.shape, bool)
-    )
+    kept = jax.lax.cond(jnp.any(filters), lambda: keep(scaled, sampling), lambda: jnp.ones(logits.shape, bool))
     noise = jax.vmap(lambda k, at: jax.random.gumbel(jax.random.fold_in(k, at), logits.shape[1:]))
     noisy = jnp.where(kept, scaled + noise(sampling.key, known), -jnp.inf)
     return jnp.argmax(jnp.where(greedy[:, None], logits, noisy), axis=-1).astype(jnp.int32)

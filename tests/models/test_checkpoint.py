@@ -20,9 +20,7 @@ CONFIG = {"model_type": "llama", "hidden_size": 8, "rope_theta": 1e5, "eos_token
 def params(dtype=jnp.float32):
     keys = jax.random.split(jax.random.key(0), 3)
     return {
-        "embed": jax.random.normal(
-            keys[0], (512, 64), dtype
-        ),  # a chunk of its own, without a checksum by Orbax
+        "embed": jax.random.normal(keys[0], (512, 64), dtype),  # a chunk of its own, without a checksum by Orbax
         "layers.0.qkv": jax.random.normal(keys[1], (8, 2, 4, 4), dtype),
         "layers.10.norm": jax.random.normal(keys[2], (8,), dtype),
     }
@@ -132,9 +130,7 @@ def test_a_place_that_cannot_be_written(tmp_path):
 
 def test_the_manifest_lists_every_other_file(saved):
     listed = json.loads((saved / "manifest.json").read_text())["files"]
-    assert sorted(listed) == [
-        p.relative_to(saved).as_posix() for p in files(saved) if p.name != "manifest.json"
-    ]
+    assert sorted(listed) == [p.relative_to(saved).as_posix() for p in files(saved) if p.name != "manifest.json"]
     assert {name: entry["size"] for name, entry in listed.items()} == {
         name: (saved / name).stat().st_size for name in listed
     }

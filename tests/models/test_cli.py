@@ -30,15 +30,11 @@ def test_json_gives_the_golden_tokens(capsys):
 def test_raw_ids_and_files(capsys, tmp_path):
     expected = json.loads((GOLDEN / "tiny_llama" / "expected.json").read_text())
     ids = [a for p in expected["prompts"][:2] for a in ("--prompt-ids", ",".join(map(str, p)))]
-    code, out, _ = run(
-        capsys, "generate", *ids, "--model", TINY, "--max-new-tokens", 6, "--block-size", 3, "--json"
-    )
+    code, out, _ = run(capsys, "generate", *ids, "--model", TINY, "--max-new-tokens", 6, "--block-size", 3, "--json")
     assert code == 0
     assert [o["token_ids"] for o in json.loads(out)["outputs"]] == [g[:6] for g in expected["greedy"][:2]]
     (tmp_path / "many.jsonl").write_text('{"prompt": "Hello"}\n{"prompt": "Bye"}\n')
-    code, out, _ = run(
-        capsys, "generate", "--prompt-file", tmp_path / "many.jsonl", "--max-new-tokens", 2, "--json"
-    )
+    code, out, _ = run(capsys, "generate", "--prompt-file", tmp_path / "many.jsonl", "--max-new-tokens", 2, "--json")
     assert code == 0
     assert len(json.loads(out)["outputs"]) == 2
 

@@ -213,11 +213,7 @@ JSON = st.recursive(
 
 
 @settings(max_examples=150, deadline=None)
-@given(
-    st.dictionaries(
-        st.sampled_from([*LLAMA, "rope_scaling", "rope_parameters", "rope_theta"]), JSON, max_size=3
-    )
-)
+@given(st.dictionaries(st.sampled_from([*LLAMA, "rope_scaling", "rope_parameters", "rope_theta"]), JSON, max_size=3))
 def test_any_json_is_read_or_refused(changes):
     try:
         config = LlamaConfig.from_dict(MISTRAL | changes)

@@ -87,9 +87,7 @@ def agrees(got, row):
     """Equal up to the first place where Hugging Face itself was within 0.02 of another token."""
     for i, (token, wanted, margin) in enumerate(zip(got, row["greedy"], row["margin"], strict=False)):
         if token != wanted:
-            assert margin <= 0.02, (
-                f"token {i} of {row['text']!r} is {token}, should be {wanted} (margin {margin})"
-            )
+            assert margin <= 0.02, f"token {i} of {row['text']!r} is {token}, should be {wanted} (margin {margin})"
             return
     assert len(got) == len(row["greedy"])
 
@@ -106,9 +104,7 @@ def test_smollm2_in_one_batch_and_one_by_one(block_size):
     prompts = [row["input_ids"] for row in rows]
     options = {"max_new_tokens": 48, "block_size": block_size}
     together = lm.generate(prompts, **options).outputs
-    alone = [
-        lm.generate([prompt], **options).outputs[0] for prompt in prompts[:: 1 if block_size == 16 else 3]
-    ]
+    alone = [lm.generate([prompt], **options).outputs[0] for prompt in prompts[:: 1 if block_size == 16 else 3]]
     for row, output in zip(rows, together, strict=True):
         agrees(output.token_ids, row)
     for row, output in zip(rows[:: 1 if block_size == 16 else 3], alone, strict=True):

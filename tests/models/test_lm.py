@@ -45,9 +45,7 @@ def test_more_prompts_than_rows_are_answered_in_order(lm, whole):
 
 def test_sampling_follows_the_seed(lm):
     def draw(seed):
-        return lm.generate(
-            [TEXT], chat=False, max_new_tokens=8, temperature=1.0, top_p=0.9, seed=seed
-        ).outputs
+        return lm.generate([TEXT], chat=False, max_new_tokens=8, temperature=1.0, top_p=0.9, seed=seed).outputs
 
     assert draw(1) == draw(1)
     assert draw(1) != draw(2)

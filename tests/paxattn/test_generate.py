@@ -38,9 +38,7 @@ def test_the_baseline_is_the_definition():
     for row, (length, got) in enumerate(zip(LENGTHS, baseline(), strict=True)):
         sequence = ids[row, :length].tolist()
         for _ in range(3):
-            cache = pax.Cache.create(
-                TOY.cache_spec, num_blocks=9, block_size=8, max_num_seqs=1, max_model_len=64
-            )
+            cache = pax.Cache.create(TOY.cache_spec, num_blocks=9, block_size=8, max_num_seqs=1, max_model_len=64)
             cache, plan, _ = pax.extend(cache, jnp.array([len(sequence)]), budget=64, attention="reference")
             fed = jnp.zeros(64, jnp.int32).at[: len(sequence)].set(jnp.array(sequence))
             hidden, _ = TOY(fed, plan, cache.layers)
@@ -126,9 +124,7 @@ def test_running_out_stops_cleanly(num_blocks):
     limits = jnp.array([3, NEW, 2, NEW, 5], jnp.int32)
     want = [row[:n] for row, n in zip(baseline(), limits.tolist(), strict=True)]
     ids, length = prompts(LENGTHS)
-    state = pax.start(
-        TOY, ids, length, max_new_tokens=limits, max_model_len=64, block_size=3, num_blocks=num_blocks
-    )
+    state = pax.start(TOY, ids, length, max_new_tokens=limits, max_model_len=64, block_size=3, num_blocks=num_blocks)
     result = pax.finish(run(state, 999), width=NEW)
     assert_clean(result)
     reasons = [pax.Finish(int(f)) for f in result.finish_reason]

@@ -56,9 +56,7 @@ def test_the_distribution_is_the_softmax():
     want = np.asarray(jax.nn.softmax(logits / 0.7)) * rows
     seen = np.bincount(got, minlength=4)
     assert ((seen - want) ** 2 / want).sum() < 21.1  # chi-square, 3 degrees of freedom, p = 1e-4
-    assert ((seen - np.asarray(jax.nn.softmax(logits)) * rows) ** 2 / want).sum() > 21.1, (
-        "temperature matters"
-    )
+    assert ((seen - np.asarray(jax.nn.softmax(logits)) * rows) ** 2 / want).sum() > 21.1, "temperature matters"
 
 
 def test_noise_depends_on_the_rows_key_and_position_alone():
