@@ -176,8 +176,8 @@ _FIXED_OF = {"llama": {"sliding_window": None}, "mistral": {"attention_bias": Fa
 _HARMLESS = {
     "model_type", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache",
     "pad_token_id", "initializer_range", "attention_dropout", "_name_or_path", "is_llama_config",
-    "transformers.js_config", "_attn_implementation_autoset", "output_attentions", "output_hidden_states", "return_dict",
-    "id2label", "label2id", "problem_type", "unsloth_fixed", "unsloth_version",
+    "transformers.js_config", "_attn_implementation_autoset", "output_attentions",
+    "output_hidden_states", "return_dict", "id2label", "label2id", "problem_type", "unsloth_fixed", "unsloth_version",
 }  # fmt: skip
 _ROPE_FIELDS_OUTSIDE = {"rope_theta", "rope_scaling", "rope_parameters"}
 _ROPE_FIELDS = {

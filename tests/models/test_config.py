@@ -14,7 +14,8 @@ from tests.paths import GOLDEN
 LLAMA = {
     "model_type": "llama", "vocab_size": 384, "hidden_size": 64, "intermediate_size": 160,
     "num_hidden_layers": 3, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 16,
-    "rms_norm_eps": 1e-5, "max_position_embeddings": 512, "hidden_act": "silu", "bos_token_id": 1, "eos_token_id": 2,
+    "rms_norm_eps": 1e-5, "max_position_embeddings": 512, "hidden_act": "silu", "bos_token_id": 1,
+    "eos_token_id": 2,
 }  # fmt: skip
 MISTRAL = LLAMA | {"model_type": "mistral", "sliding_window": 32}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
