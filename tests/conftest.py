@@ -2,9 +2,13 @@
 
 from pathlib import Path
 
+import jax
 import pytest
 
 from models import hub
+
+# A GPU would otherwise multiply float32 as TF32, and no golden figure would hold.
+jax.config.update("jax_default_matmul_precision", "highest")
 
 
 @pytest.fixture(scope="session")
