@@ -120,11 +120,13 @@ class Detokenizer:
         return delta
 
     def _step(self, token: int) -> str:
+        name = self._tokenizer.hf.backend_tokenizer.id_to_token(token)
+        if name is None:  # decode drops it, so that the tokens on its two sides meet
+            return ""
         self._ids.append(token)
         self._held += 1
         delta = self._pending()
-        name = self._tokenizer.hf.backend_tokenizer.id_to_token(token) or ""
-        if not delta or delta.endswith("\N{REPLACEMENT CHARACTER}") or _BYTE_TOKEN.fullmatch(name):
+        if delta.endswith("\N{REPLACEMENT CHARACTER}") or _BYTE_TOKEN.fullmatch(name):
             return ""
         self._ids, self._held = self._ids[-self._held :], 0
         return delta
@@ -239,13 +241,10 @@ def _byte_level_bpe(metadata: Mapping[str, Any], pre: str) -> Tokenizer:
 
 
 def _cut(pre: str) -> Any:
-    from tokenizers import Regex, pre_tokenizers
+    from tokenizers import Regex
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence, Split
 
     if pre in _GPT2:
-        return pre_tokenizers.ByteLevel(add_prefix_space=False)
-    if pre in _SMOLLM:
-        first = pre_tokenizers.Digits(individual_digits=True)
-    else:
-        first = pre_tokenizers.Split(Regex(_LLAMA3_SPLIT), "isolated")
-    rest = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre in _SMOLLM)
-    return pre_tokenizers.Sequence([first, rest])
+        return ByteLevel(add_prefix_space=False)
+    first = Digits(individual_digits=True) if pre in _SMOLLM else Split(Regex(_LLAMA3_SPLIT), "isolated")
+    return Sequence([first, ByteLevel(add_prefix_space=False, use_regex=pre in _SMOLLM)])

@@ -98,6 +98,7 @@ def test_each_pre_cuts_its_own_way(build, pre, expected):
 
 
 @pytest.mark.parametrize("pre", ["smollm", "llama-bpe", "gpt-2"])
+@settings(deadline=None)
 @given(text=st.text())
 def test_decode_undoes_encode(pre, text):
     tokenizer = tokenizer_of(pre)
@@ -246,7 +247,8 @@ FAVOURITES = {
 @given(data=st.data())
 def test_deltas_add_up_to_the_whole(kind, data):
     tokenizer = tokenizer_of(kind)
-    ids = st.sampled_from(FAVOURITES[kind]) | st.integers(0, tokenizer.vocab_size - 1)
+    nobodys = tokenizer.vocab_size  # an embedding may have more rows than there are tokens
+    ids = st.sampled_from([*FAVOURITES[kind], nobodys]) | st.integers(0, nobodys - 1)
     chunks = data.draw(st.lists(st.lists(ids, max_size=5), max_size=8))
     skip = data.draw(st.booleans())
     stream = Detokenizer(tokenizer, skip_special_tokens=skip)
@@ -260,6 +262,7 @@ def test_deltas_add_up_to_the_whole(kind, data):
     assert stream.push([TOKENS.index("A")] if kind == "smollm" else [4]) in ("A", "he")  # a new text
 
 
+@settings(deadline=None)
 @given(text=st.text(), size=st.integers(1, 4))
 def test_nothing_is_held_back_longer_than_needed(text, size):
     """Valid text comes out with its last byte, however it is chunked; U+FFFD might be half of something."""
