@@ -49,6 +49,7 @@ DTYPES = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
 _MAX_HEADER = 100_000_000
+_MAX_DIMENSIONS = 8
 _PICKLES = {".bin", ".pt", ".pth", ".pkl", ".ckpt"}
 
 
@@ -68,8 +69,6 @@ class Safetensors:
     def read(self, name: str) -> np.ndarray:
         """A view of the mapped file; nothing is copied."""
         path, info, offset = self._places[name]
-        if 0 in info.shape:
-            return np.zeros(info.shape, DTYPES[info.dtype])
         return np.memmap(path, DTYPES[info.dtype], "r", offset, info.shape)
 
 
@@ -79,6 +78,8 @@ def open_safetensors(directory: Path) -> Safetensors:
     Raises:
       CheckpointError: no safetensors, an index that lies, or a file whose header does not hold together.
     """
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory} is no directory; name the one that holds model.safetensors.")
     index = directory / "model.safetensors.index.json"
     if index.is_file():
         return Safetensors(_read_index(index))
@@ -90,30 +91,47 @@ def open_safetensors(directory: Path) -> Safetensors:
             f"{directory} holds only pickle files ({', '.join(pickles)}), which can run code when read; convert "
             "them with transformers: model.save_pretrained(..., safe_serialization=True)."
         )
-    raise CheckpointError(f"{directory} has neither model.safetensors nor model.safetensors.index.json.")
+    raise CheckpointError(
+        f"{directory} has neither model.safetensors nor model.safetensors.index.json; name a directory that does."
+    )
 
 
 def _read_index(index: Path) -> dict[str, _Place]:
     try:
-        weight_map = json.loads(index.read_text())["weight_map"]
+        weight_map = json.loads(index.read_text("utf-8"), object_pairs_hook=_refuse_twice)["weight_map"]
         files = sorted(set(weight_map.values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{index} is no index with a weight_map ({error!r}); fetch it again.") from error
     places: dict[str, _Place] = {}
     for file in files:
-        if not isinstance(file, str) or Path(file).name != file:
-            raise CheckpointError(f"{index} points outside its folder: {file!r}; every shard must lie beside it.")
-        path = index.parent / file
-        if not path.is_file():
-            raise CheckpointError(f"{index} names {file}, which is not there; fetch the missing shard.")
+        path = _beside(index, file)
         for name, place in _read_header(path).items():
             if weight_map.get(name) != file:
-                raise CheckpointError(f"{file} holds {name}, which {index.name} puts into {weight_map.get(name)}.")
+                raise CheckpointError(
+                    f"{file} holds {name}, which {index.name} puts into {weight_map.get(name)}; fetch both again."
+                )
             places[name] = place
     absent = sorted(set(weight_map) - set(places))
     if absent:
-        raise CheckpointError(f"{index} lists tensors that no shard holds: {', '.join(absent)}.")
+        raise CheckpointError(f"{index} lists tensors that no shard holds: {', '.join(absent)}; fetch all again.")
     return places
+
+
+def _beside(index: Path, file: str) -> Path:
+    """The shard that an index names: a safetensors file in the index's own folder, and nothing else."""
+    if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+        raise CheckpointError(f"{index} names {file!r}; every shard must be a .safetensors file beside it.")
+    path = index.parent / file
+    try:
+        target = path.resolve(strict=True)
+    except OSError as error:
+        raise CheckpointError(f"{index} names {file!r}, which is not there; fetch the missing shard.") from error
+    folders = [index.parent.resolve()]
+    if folders[0].parent.name == "snapshots":  # the hub's cache: snapshots/<commit>/x links to blobs/<hash>
+        folders.append(folders[0].parent.parent / "blobs")
+    if target.parent not in folders:
+        raise CheckpointError(f"{index} names {file!r}, a link to {target} outside its folder; put the file there.")
+    return path
 
 
 def _refuse_twice(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -146,12 +164,16 @@ def _read_header(path: Path) -> dict[str, _Place]:
         try:
             info = TensorInfo(tuple(entry["shape"]), entry["dtype"])
             begin, end = entry["data_offsets"]
-            sane = all(type(n) is int and n >= 0 for n in (*info.shape, begin, end))
+            sane = all(type(n) is int and n >= 0 for n in (*info.shape, begin, end)) and 0 not in info.shape
         except (KeyError, TypeError, ValueError) as error:
             raise refuse(f"the entry of {name} is malformed ({error!r})") from error
-        if info.dtype not in DTYPES:
+        if info.dtype not in tuple(DTYPES):
             raise refuse(f"{name} has dtype {info.dtype!r}, only {', '.join(DTYPES)} are read")
-        if not sane or end - begin != math.prod(info.shape) * DTYPES[info.dtype].itemsize:
+        if (
+            not sane
+            or len(info.shape) > _MAX_DIMENSIONS
+            or end - begin != math.prod(info.shape) * DTYPES[info.dtype].itemsize
+        ):
             raise refuse(f"{name} of shape {list(info.shape)} {info.dtype} does not fill bytes {begin} to {end}")
         spans.append((begin, end, name))
         places[name] = _Place(path, info, 8 + length + begin)
@@ -212,4 +234,8 @@ def check_tensors(source: TensorSource, expected: Mapping[str, tuple[int, ...]])
         if names
     ]
     if problems:
-        raise CheckpointError("the tensors do not fit the configuration; " + "; ".join(problems) + ".")
+        raise CheckpointError(
+            "the tensors do not fit the configuration; "
+            + "; ".join(problems)
+            + ". Take the config.json and the weights of one model."
+        )

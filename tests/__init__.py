@@ -1,0 +1,1 @@
+"""Tests mirror the packages; toys, golden outputs and mutants stand beside them."""
