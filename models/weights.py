@@ -124,7 +124,7 @@ def _beside(index: Path, file: str) -> Path:
     path = index.parent / file
     try:
         target = path.resolve(strict=True)
-    except OSError as error:
+    except (OSError, ValueError, RuntimeError) as error:  # absent, no file name at all, a loop of links
         raise CheckpointError(f"{index} names {file!r}, which is not there; fetch the missing shard.") from error
     folders = [index.parent.resolve()]
     if folders[0].parent.name == "snapshots":  # the hub's cache: snapshots/<commit>/x links to blobs/<hash>
@@ -164,17 +164,17 @@ def _read_header(path: Path) -> dict[str, _Place]:
         try:
             info = TensorInfo(tuple(entry["shape"]), entry["dtype"])
             begin, end = entry["data_offsets"]
-            sane = all(type(n) is int and n >= 0 for n in (*info.shape, begin, end)) and 0 not in info.shape
+            sane = all(type(n) is int and n >= 0 for n in (*info.shape, begin, end))
+            sane = sane and 0 not in info.shape and len(info.shape) <= _MAX_DIMENSIONS
         except (KeyError, TypeError, ValueError) as error:
             raise refuse(f"the entry of {name} is malformed ({error!r})") from error
         if info.dtype not in tuple(DTYPES):
             raise refuse(f"{name} has dtype {info.dtype!r}, only {', '.join(DTYPES)} are read")
-        if (
-            not sane
-            or len(info.shape) > _MAX_DIMENSIONS
-            or end - begin != math.prod(info.shape) * DTYPES[info.dtype].itemsize
-        ):
-            raise refuse(f"{name} of shape {list(info.shape)} {info.dtype} does not fill bytes {begin} to {end}")
+        if not sane or end - begin != math.prod(info.shape) * DTYPES[info.dtype].itemsize:
+            raise refuse(
+                f"{name} of shape {list(info.shape)} {info.dtype} is empty, has more than {_MAX_DIMENSIONS} "
+                f"dimensions, or does not fill bytes {begin} to {end}"
+            )
         spans.append((begin, end, name))
         places[name] = _Place(path, info, 8 + length + begin)
     at = 0
