@@ -69,7 +69,7 @@ def read_config(path: Path) -> LlamaConfig:
         raw = json.loads((path / "config.json").read_text())
         extra = path / "generation_config.json"
         eos = json.loads(extra.read_text()).get("eos_token_id") if extra.is_file() else None
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, json.JSONDecodeError, AttributeError) as error:
         raise CheckpointError(f"{path} has no readable config.json ({error}); is it a model directory?") from error
     return LlamaConfig.from_dict(raw if eos is None else {**raw, "eos_token_id": eos})
 
