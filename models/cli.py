@@ -162,7 +162,6 @@ def _generate(options: argparse.Namespace) -> int:
     settings = {name: getattr(options, name) for name in knobs}
 
     import models
-    from models.lm import merge_stats
     from paxattn.viz import page_map
 
     lm = models.load(options.model, dtype=options.dtype)
@@ -171,15 +170,17 @@ def _generate(options: argparse.Namespace) -> int:
             print(piece, end="", flush=True)
         print()
         return 0
-    outputs, stats, fullest, drawing = [], {}, -1, ""
-    steps = 8 if options.show_pages else None
-    for state, batch in lm.batches(prompts, stop_strings=options.stop, steps=steps, **settings):
-        used = int(state.cache.table.blocks.num_used)
-        if options.show_pages and used > fullest:
+    fullest, drawing = -1, ""
+
+    def draw(state) -> None:
+        nonlocal fullest, drawing
+        if (used := int(state.cache.table.blocks.num_used)) > fullest:
             fullest, drawing = used, page_map(state.cache.table)
-        if batch.done(state):
-            outputs += batch.outputs(state)
-            stats = merge_stats(stats, batch.stats(state))
+
+    if options.show_pages:
+        settings |= {"watch": draw, "steps": 8}
+    run = lm.generate(prompts, stop_strings=options.stop, **settings)
+    outputs, stats = run.outputs, run.stats
     if options.json:
         answers = [dataclasses.asdict(output) for output in outputs]
         print(json.dumps({"model": lm.name, "outputs": answers, "stats": stats}, ensure_ascii=False))

@@ -10,7 +10,7 @@ compile nothing.
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -50,8 +50,8 @@ class Run:
 @functools.partial(jax.jit, static_argnames=("budget", "attention"))
 def _score(model: Llama, cache: pax.Cache, tokens: jax.Array, count: jax.Array, budget: int, attention: str):
     cache, plan, status = pax.extend(cache, count, budget=budget, attention=attention)
-    hidden, layers = model(tokens, plan, cache.layers)
-    return model.logits(hidden), pax.Cache(cache.table, layers), status
+    hidden, _ = model(tokens, plan, cache.layers)
+    return model.logits(hidden), status
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,18 +71,23 @@ class LM:
         chat = self.tokenizer.has_chat_template if chat is None else chat
         return self.tokenizer.encode_chat(prompt) if chat else self.tokenizer.encode(prompt)
 
-    def generate(self, prompts: Sequence[Prompt], **options: Any) -> Run:
+    def generate(
+        self, prompts: Sequence[Prompt], *, watch: Callable[[pax.State], None] | None = None, **options: Any
+    ) -> Run:
         """Answers prompts in batches of `max_num_seqs` rows.
 
         Args:
           prompts: texts, or token ids.
+          watch: called on the host with each state that `batches` yields; see its `steps`.
           **options: see `batches`.
         """
         outputs, stats = [], {}
         for state, batch in self.batches(prompts, **options):
+            if watch is not None:
+                watch(state)
             if batch.done(state):
                 outputs += batch.outputs(state)
-                stats = merge_stats(stats, batch.stats(state))
+                stats = _merge(stats, batch.stats(state))
         return Run(outputs, stats)
 
     def stream(self, prompt: Prompt, *, steps: int = 4, **options: Any) -> Iterator[str]:
@@ -93,15 +98,18 @@ class LM:
         detokenizer = Detokenizer(self.tokenizer)
         text = ""
         for state, batch in self.batches([prompt], steps=steps, **options):
-            output = batch.outputs(state)[0]
             if batch.done(state):
-                assert output.text is not None
-                if output.text[len(text) :]:
-                    yield output.text[len(text) :]
+                whole = batch.outputs(state)[0].text
+                assert whole is not None
+                if whole[len(text) :]:
+                    yield whole[len(text) :]
                 return
-            piece = detokenizer.push(batch.visible(output.token_ids[sent:]))
-            sent = len(output.token_ids)
-            if piece and not batch.stop_strings:
+            if batch.stop_strings:  # a later token may complete one: nothing is given out before the end
+                continue
+            tokens = batch.new_tokens(state)[0]
+            piece = detokenizer.push(batch.visible(tokens[sent:]))
+            sent = len(tokens)
+            if piece:
                 text += piece
                 yield piece
 
@@ -116,7 +124,7 @@ class LM:
         spec, blocks = self.model.cache_spec, 1 + -(-width // block_size)
         cache = pax.Cache.create(spec, num_blocks=blocks, block_size=block_size, max_num_seqs=1, max_model_len=width)
         tokens = jnp.asarray(ids, jnp.int32)
-        logits, _, status = _score(self.model, cache, tokens, jnp.array([width]), width, attention)
+        logits, status = _score(self.model, cache, tokens, jnp.array([width]), width, attention)
         pax.check(status)
         return logits
 
@@ -233,15 +241,15 @@ class Batch:
         """Running rows whose text holds a stop string."""
         if not self.stop_strings:
             return np.zeros(len(self.prompts), bool)
-        return np.array([self._cut(tokens)[1] for tokens in self._new_tokens(state)])
+        return np.array([self._cut(tokens)[1] for tokens in self.new_tokens(state)])
 
     def outputs(self, state: pax.State) -> list[Output]:
         """The answers so far."""
         reasons = np.asarray(state.finish)
         logprobs = np.asarray(state.logprobs)
         outputs = []
-        for row, (prompt, tokens) in enumerate(zip(self.prompts, self._new_tokens(state), strict=True)):
-            text, stopped, kept = self._cut_at(tokens)
+        for row, (prompt, tokens) in enumerate(zip(self.prompts, self.new_tokens(state), strict=True)):
+            text, stopped, kept = self._cut(tokens)
             chosen = logprobs[row, len(prompt) : len(prompt) + kept]
             reason = pax.Finish.STOP if stopped else pax.Finish(int(reasons[row]))
             outputs.append(Output(prompt, tokens[:kept], text, reason.label, [float(p) for p in chosen]))
@@ -260,15 +268,12 @@ class Batch:
             "tokens_reserved_unpaged": len(self.prompts) * widest,
         }
 
-    def _new_tokens(self, state: pax.State) -> list[list[int]]:
+    def new_tokens(self, state: pax.State) -> list[list[int]]:
+        """Token ids of the answers so far."""
         tokens, known = np.asarray(state.tokens), np.asarray(state.known)
         return [tokens[row, len(p) : known[row]].tolist() for row, p in enumerate(self.prompts)]
 
-    def _cut(self, tokens: list[int]) -> tuple[str | None, bool]:
-        text, stopped, _ = self._cut_at(tokens)
-        return text, stopped
-
-    def _cut_at(self, tokens: list[int]) -> tuple[str | None, bool, int]:
+    def _cut(self, tokens: list[int]) -> tuple[str | None, bool, int]:
         """Text before the first stop string, whether there was one, and the tokens up to its end."""
         if (tokenizer := self.tokenizer) is None:
             return None, False, len(tokens)
@@ -295,7 +300,7 @@ def _eos_set(eos: int | Sequence[int]) -> frozenset[int]:
     return frozenset([eos] if isinstance(eos, int) else eos)
 
 
-def merge_stats(total: dict, part: dict) -> dict:
+def _merge(total: dict, part: dict) -> dict:
     """Counters of two batches: sums, and the larger of what is a size."""
     highest = {"blocks_peak", "block_size", "num_blocks", "tokens_reserved_peak", "tokens_reserved_unpaged"}
     return {

@@ -57,7 +57,9 @@ def load(source: str | os.PathLike = hub.DEFAULT_MODEL, *, dtype: str | jnp.dtyp
         init = _from_tensors(file, config, dtype)
     else:
         config, tokenizer = read_config(path), load_tokenizer(path, None)
-        init = _from_tensors(open_safetensors(path), config, dtype)
+        tensors = open_safetensors(path)
+        check_tensors(tensors, expected_tensors(config))  # `open_gguf` does it for its own
+        init = _from_tensors(tensors, config, dtype)
     if tokenizer is not None:
         check_fits(tokenizer, config.vocab_size)
     return LM(Llama(config, init), tokenizer, str(source))
@@ -86,7 +88,6 @@ def _from_params(params: dict[str, jax.Array]) -> Init:
 
 def _from_tensors(source: TensorSource, config: LlamaConfig, dtype: jnp.dtype) -> Init:
     """Reads Hugging Face tensors [out, in] into the fused parameters [in, out] of `models.llama`."""
-    check_tensors(source, expected_tensors(config))
     heads = (config.num_key_value_heads, -1, config.head_dim)
     bar = tqdm(total=len(expected_tensors(config)), desc="load", unit="tensor", disable=not sys.stderr.isatty())
 

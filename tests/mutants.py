@@ -51,7 +51,7 @@ MUTANTS = (
     Mutant("values from keys", "pallas_kernels/xla.py", "_gather(v_pool, ids), 0)", "_gather(k_pool, ids), 0)", ATTENTION),
     Mutant("no rescaling of the running sum", "pallas_kernels/xla.py", "total * shrink + weight", "total + weight", ATTENTION),
     Mutant("the last chunk is skipped", "pallas_kernels/xla.py", "(jnp.max(position) + width) // width", "jnp.maximum(jnp.max(position), 1) // width", ATTENTION),
-    Mutant("finished rows keep their blocks", "paxattn/decoding/step.py", "(finish != Finish.RUNNING) & (cache.table.length > 0)", "(finish != Finish.RUNNING) & (cache.table.length > 999)", GENERATE),
+    Mutant("finished rows keep their blocks", "paxattn/decoding/step.py", "free(cache.table, finish != Finish.RUNNING)", "free(cache.table, finish > 999)", GENERATE),
     Mutant("eos is not stopped at", "paxattn/decoding/step.py", "(token[:, None] == state.eos).any(axis=-1), Finish.STOP", "(token[:, None] < state.eos).any(axis=-1) & False, Finish.STOP", GENERATE),
     Mutant("rows pick before their prompt is fed", "paxattn/decoding/step.py", "ok & (count > 0) & (cache.table.length == state.known)", "ok & (count > 0)", GENERATE),
     Mutant("NaN rows go on", "paxattn/decoding/step.py", "jnp.where(finite, ended, Finish.NOT_FINITE)", "ended", GENERATE),

@@ -111,7 +111,7 @@ def step(model: Model, state: State, *, budget: int, attention: str = "auto") ->
     column = jnp.where(picks & finite, state.known, state.tokens.shape[1])
     known = state.known + (picks & finite)
     finish = _finish(state, picks, finite, token, known, status)
-    table = free(cache.table, (finish != Finish.RUNNING) & (cache.table.length > 0))
+    table = free(cache.table, finish != Finish.RUNNING)
 
     stats = Stats(
         steps=state.stats.steps + 1,
@@ -122,18 +122,15 @@ def step(model: Model, state: State, *, budget: int, attention: str = "auto") ->
         blocks_copied=state.stats.blocks_copied + plan.copies.count,
         blocks_peak=jnp.maximum(state.stats.blocks_peak, held),
     )
-    return State(
-        Cache(table, layers),
-        state.tokens.at[row, column].set(token, mode="drop"),
-        state.logprobs.at[row, column].set(logprob, mode="drop"),
-        known,
-        state.prompt_length,
-        state.limit,
-        finish,
-        state.eos,
-        state.sampling,
-        jnp.where(state.status == Status.OK, status, state.status),
-        stats,
+    return dataclasses.replace(
+        state,
+        cache=Cache(table, layers),
+        tokens=state.tokens.at[row, column].set(token, mode="drop"),
+        logprobs=state.logprobs.at[row, column].set(logprob, mode="drop"),
+        known=known,
+        finish=finish,
+        status=jnp.where(state.status == Status.OK, status, state.status),
+        stats=stats,
     )
 
 
