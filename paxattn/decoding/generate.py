@@ -9,6 +9,7 @@
 Wrap it in `jax.jit` as you like; streaming calls `advance` a few steps at a time.
 """
 
+import math
 from collections.abc import Sequence
 
 import jax
@@ -123,13 +124,13 @@ def start(
         max_num_seqs=rows,
         max_model_len=max_model_len,
     )
-    prompt_length = jnp.asarray(prompt_length, jnp.int32)
+    prompt_length = jnp.array(prompt_length, jnp.int32)  # buffers of its own: the state may be donated
     tokens = jnp.zeros((rows, max(max_model_len, width)), jnp.int32)
     return State(
         cache=cache,
         tokens=tokens.at[:, :width].set(prompt_ids),
         logprobs=jnp.zeros(tokens.shape, jnp.float32),
-        known=jnp.array(prompt_length),  # a buffer of its own: the state may be donated
+        known=jnp.array(prompt_length),
         prompt_length=prompt_length,
         limit=prompt_length + jnp.asarray(max_new_tokens, jnp.int32),
         finish=jnp.full(rows, Finish.RUNNING, jnp.int32),
@@ -161,14 +162,12 @@ def finish(state: State, *, width: int) -> Generation:
 
 
 def prefill_budget(prompt_shape: tuple[int, ...], max_num_batched_tokens: int) -> int:
-    """Length of the token axis while prompts are fed: never longer than all prompts, a token a row at least."""
-    rows, width = prompt_shape
-    if max_num_batched_tokens < rows:
-        raise ValueError(
-            f"max_num_batched_tokens is {max_num_batched_tokens}, must be at least the number of rows ({rows}): "
-            "every row may decode in the same step."
-        )
-    return min(max_num_batched_tokens, rows * width)
+    """Length of the token axis while prompts are fed: as many steps as the limit asks for, of equal length."""
+    if max_num_batched_tokens < 1:
+        raise ValueError(f"max_num_batched_tokens is {max_num_batched_tokens}; it must be at least 1.")
+    tokens = math.prod(prompt_shape)
+    steps = -(-tokens // max_num_batched_tokens)
+    return -(-tokens // steps)
 
 
 def _is_traced(value) -> bool:

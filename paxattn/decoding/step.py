@@ -82,15 +82,24 @@ class State:
 
 
 def share(pending: Int32[Array, "B"], budget: int) -> Int32[Array, "B"]:
-    """How many tokens each row feeds: rows with one pending token first, the rest to prompts in row order."""
-    single = (pending == 1).astype(jnp.int32)
-    prompts = pending - single
-    before = jnp.cumsum(prompts) - prompts
-    return single + jnp.clip(budget - jnp.sum(single) - before, 0, prompts)
+    """How many tokens each row feeds: prompts first, in row order; rows that decode take the room left.
+
+    A batch ends when its last row does, so a token decoded early gains nothing, and one that crowds out the end
+    of a prompt costs a whole prefill step.
+    """
+    prompts = jnp.where(pending > 1, pending, 0)
+    singles = pending - prompts
+
+    def deal(wanted, room):
+        before = jnp.cumsum(wanted) - wanted
+        return jnp.clip(room - before, 0, wanted)
+
+    fed = deal(prompts, budget)
+    return fed + deal(singles, budget - jnp.sum(fed))
 
 
 def step(model: Model, state: State, *, budget: int, attention: str = "auto") -> State:
-    """Feeds up to `budget` tokens (at least one a row must fit), picks, retires, frees.
+    """Feeds up to `budget` tokens, picks, retires, frees.
 
     When blocks run out the rows still running end as OUT_OF_BLOCKS with what they have.
     """
@@ -115,7 +124,7 @@ def step(model: Model, state: State, *, budget: int, attention: str = "auto") ->
 
     stats = Stats(
         steps=state.stats.steps + 1,
-        prefill_steps=state.stats.prefill_steps + jnp.any(count > 1),
+        prefill_steps=state.stats.prefill_steps + jnp.any(state.pending > 1),
         tokens_fed=state.stats.tokens_fed + jnp.where(ok, jnp.sum(count), 0),
         blocks_allocated=state.stats.blocks_allocated + held - before,
         blocks_freed=state.stats.blocks_freed + held - table.blocks.num_used,
@@ -170,7 +179,7 @@ def advance(
     end = jnp.int32(2**31 - 1) if steps is None else state.stats.steps + steps
 
     def prefill(state):
-        return step(model, state, budget=max(budget, rows), attention=attention)
+        return step(model, state, budget=budget, attention=attention)
 
     def decode(state):
         return step(model, state, budget=rows, attention=attention)

@@ -6,8 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import paxattn as pax
+from paxattn.decoding.step import share
 from tests.toys import VOCAB, Toy, prompts, tokens_of
 
 TOY = Toy.create()
@@ -54,11 +57,30 @@ def test_block_size_is_unobservable(block_size, attention):
     assert_clean(result)
 
 
-@pytest.mark.parametrize("budget", [5, 6, 7, 19, 64, 512])
+@pytest.mark.parametrize("budget", [1, 2, 5, 7, 19, 64, 512])
 def test_chunking_of_prefill_is_unobservable(budget):
     result = generate(*prompts(LENGTHS), max_num_batched_tokens=budget, block_size=3)
     assert tokens_of(result) == baseline()
     assert int(result.stats.tokens_fed) == sum(LENGTHS) + len(LENGTHS) * (NEW - 1)
+
+
+@pytest.mark.parametrize(("limit", "steps"), [(8, 4), (11, 3), (16, 2), (31, 2), (32, 1), (512, 1)])
+def test_prompts_take_no_more_steps_than_their_tokens_need(limit, steps):
+    """Rows whose prompt ends early do not crowd out the prompts of the others."""
+    ids = jnp.ones((4, 8), jnp.int32)
+    stats = generate(ids, jnp.full(4, 8), max_num_batched_tokens=limit).stats
+    assert int(stats.prefill_steps) == steps
+    assert int(stats.steps) == steps + NEW - 1
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=6), st.integers(1, 20))
+def test_a_share_wastes_no_room(pending, budget):
+    count = np.asarray(share(jnp.array(pending), budget))
+    assert count.sum() == min(sum(pending), budget)
+    assert (count >= 0).all()
+    assert (count <= pending).all()
+    if any(c for c, p in zip(count, pending, strict=True) if p == 1):
+        assert all(c == p for c, p in zip(count, pending, strict=True) if p > 1)
 
 
 def test_batch_mates_and_row_order_are_unobservable():
