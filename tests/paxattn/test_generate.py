@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import paxattn as pax
@@ -73,6 +73,7 @@ def test_prompts_take_no_more_steps_than_their_tokens_need(limit, steps):
     assert int(stats.steps) == steps + NEW - 1
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=6), st.integers(1, 20))
 def test_a_share_wastes_no_room(pending, budget):
     count = np.asarray(share(jnp.array(pending), budget))
