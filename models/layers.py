@@ -15,8 +15,8 @@ from models.config import LlamaConfig
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     """Root-mean-square norm over the last axis, in float32 (Zhang and Sennrich 2019)."""
     wide = x.astype(jnp.float32)
-    scaled = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
-    return scaled.astype(x.dtype) * weight
+    mean = jnp.einsum("te,te->t", wide, wide)[:, None] / x.shape[-1]
+    return (wide * jax.lax.rsqrt(mean + eps)).astype(x.dtype) * weight
 
 
 def rope_frequencies(config: LlamaConfig) -> jax.Array:

@@ -54,6 +54,7 @@ MUTANTS = (
     Mutant("finished rows keep their blocks", "paxattn/decoding/step.py", "free(cache.table, finish != Finish.RUNNING)", "free(cache.table, finish > 999)", GENERATE),
     Mutant("eos is not stopped at", "paxattn/decoding/step.py", "(token[:, None] == state.eos).any(axis=-1), Finish.STOP", "(token[:, None] < state.eos).any(axis=-1) & False, Finish.STOP", GENERATE),
     Mutant("rows pick before their prompt is fed", "paxattn/decoding/step.py", "ok & (count > 0) & (cache.table.length == state.known)", "ok & (count > 0)", GENERATE),
+    Mutant("decoding rows crowd out prompts", "paxattn/decoding/step.py", "deal(prompts, budget)", "deal(prompts, budget - jnp.sum(singles))", GENERATE),
     Mutant("NaN rows go on", "paxattn/decoding/step.py", "jnp.where(finite, ended, Finish.NOT_FINITE)", "ended", GENERATE),
     Mutant("noise is shared by rows", "paxattn/decoding/sampling.py", "noise(sampling.key, known)", "noise(jnp.broadcast_to(sampling.key[0], sampling.key.shape), known)", SAMPLING),
     Mutant("top-k keeps one too few", "paxattn/decoding/sampling.py", "k.astype(jnp.float32)", "(k - 1).astype(jnp.float32)", SAMPLING),
@@ -85,13 +86,13 @@ def caught(mutant: Mutant) -> tuple[bool, str]:
 
 
 def main() -> int:
-    """Runs all mutants, two at a time."""
+    """Runs all mutants, one a core and two at least."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--only", default="", help="mutants whose name holds this")
     options = parser.parse_args()
     chosen = [m for m in MUTANTS if options.only in m.name]
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(max(2, os.cpu_count() or 2)) as pool:
         results = []
         for mutant, (ok, line) in zip(chosen, pool.map(caught, chosen), strict=True):
             results.append({"mutant": mutant.name, "file": mutant.file, "caught": ok, "pytest": line})
