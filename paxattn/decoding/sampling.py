@@ -75,10 +75,17 @@ def pick(
     token = jax.lax.cond(
         jnp.any(sampling.temperature > 0),
         lambda: _sample(penalised, sampling, known),
-        lambda: jnp.argmax(penalised, axis=-1).astype(jnp.int32),
+        lambda: _best(penalised),
     )
     chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
     return token, chosen - jax.nn.logsumexp(logits, axis=-1)
+
+
+def _best(logits):
+    """arg-max, the first of equals, as two plain reductions: XLA runs its own on one core of a CPU."""
+    top = jnp.max(logits, axis=-1, keepdims=True)
+    token = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
+    return jnp.min(jnp.where(logits == top, token, logits.shape[1] - 1), axis=-1)
 
 
 def _penalise(logits, penalty, tokens, known):
@@ -96,7 +103,7 @@ def _sample(logits, sampling, known):
     kept = jax.lax.cond(jnp.any(filters), lambda: keep(scaled, sampling), lambda: jnp.ones(logits.shape, bool))
     noise = jax.vmap(lambda k, at: jax.random.gumbel(jax.random.fold_in(k, at), logits.shape[1:]))
     noisy = jnp.where(kept, scaled + noise(sampling.key, known), -jnp.inf)
-    return jnp.argmax(jnp.where(greedy[:, None], logits, noisy), axis=-1).astype(jnp.int32)
+    return _best(jnp.where(greedy[:, None], logits, noisy))
 
 
 def keep(logits: Float32[Array, "B V"], sampling: Sampling) -> Bool[Array, "B V"]:
