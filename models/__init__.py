@@ -5,9 +5,10 @@ lm.generate(["..."])                   text in, text out, through a paged cache
 lm.model                               a Llama that fulfils paxattn.Model
 """
 
+from models.batch import Output, Run
 from models.config import ConfigError, LlamaConfig
 from models.llama import Llama, random_llama
-from models.lm import LM, Output, Run
+from models.lm import LM
 from models.load import load
 from models.weights import CheckpointError
 

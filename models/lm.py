@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import paxattn as pax
+from models.batch import Batch, Run, bucket, eos_set, merge
 from models.llama import Llama
 from models.tokenizer import Detokenizer, Tokenizer
 from paxattn.decoding.generate import MAX_NUM_BATCHED_TOKENS
@@ -26,25 +27,6 @@ Prompt = str | Sequence[int]
 
 _advance = jax.jit(pax.advance, static_argnames=("budget", "attention"), donate_argnames="state")
 _stop = jax.jit(pax.stop, donate_argnums=0)
-
-
-@dataclasses.dataclass(frozen=True)
-class Output:
-    """One answer. `token_ids` are the new tokens, the eos token included if produced."""
-
-    prompt_ids: list[int]
-    token_ids: list[int]
-    text: str | None  # None where the model has no tokenizer
-    finish_reason: str
-    logprobs: list[float]
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """Answers of a call, in the order of the prompts, and its counters summed over batches."""
-
-    outputs: list[Output]
-    stats: dict[str, int | float]
 
 
 @functools.partial(jax.jit, static_argnames=("budget", "attention"))
@@ -87,7 +69,7 @@ class LM:
                 watch(state)
             if batch.done(state):
                 outputs += batch.outputs(state)
-                stats = _merge(stats, batch.stats(state))
+                stats = merge(stats, batch.stats(state))
         return Run(outputs, stats)
 
     def stream(self, prompt: Prompt, *, steps: int = 4, **options: Any) -> Iterator[str]:
@@ -144,7 +126,7 @@ class LM:
         attention: str = "auto",
         steps: int | None = None,
         **sampling: Any,
-    ) -> Iterator[tuple[pax.State, "Batch"]]:
+    ) -> Iterator[tuple[pax.State, Batch]]:
         """Runs the prompts batch by batch and yields each state that the host gets to see.
 
         Args:
@@ -186,7 +168,7 @@ class LM:
         key = jax.random.key(seed)
         for first in range(0, len(encoded), max_num_seqs):
             rows = encoded[first : first + max_num_seqs]
-            width = _bucket(max(map(len, rows)))
+            width = bucket(max(map(len, rows)))
             ids = np.zeros((len(rows), width), np.int32)
             for row, tokens in enumerate(rows):
                 ids[row, : len(tokens)] = tokens
@@ -195,7 +177,7 @@ class LM:
                 jnp.asarray(ids),
                 jnp.array(list(map(len, rows)), jnp.int32),
                 max_new_tokens=jnp.full(len(rows), max_new_tokens, jnp.int32),
-                max_model_len=width + _bucket(max_new_tokens),
+                max_model_len=width + bucket(max_new_tokens),
                 block_size=block_size,
                 num_blocks=num_blocks,
                 eos_token_id=eos,
@@ -203,11 +185,11 @@ class LM:
                 **sampling,
             )
             budget = pax.prefill_budget(ids.shape, max_num_batched_tokens)
-            batch = Batch(self.tokenizer, rows, max_new_tokens, tuple(stop_strings), _eos_set(eos))
+            batch = Batch(self.tokenizer, rows, max_new_tokens, tuple(stop_strings), eos_set(eos))
             yield from _drive(self.model, state, batch, budget, attention, steps)
 
 
-def _drive(model, state, batch, budget, attention, steps) -> Iterator[tuple[pax.State, "Batch"]]:
+def _drive(model, state, batch, budget, attention, steps) -> Iterator[tuple[pax.State, Batch]]:
     more = jnp.int32(2**30 if steps is None else steps)
     while True:
         state = _advance(model, state, budget=budget, steps=more, attention=attention)
@@ -217,93 +199,3 @@ def _drive(model, state, batch, budget, attention, steps) -> Iterator[tuple[pax.
         yield state, batch
         if batch.done(state):
             return
-
-
-@dataclasses.dataclass(frozen=True)
-class Batch:
-    """Reads the host's side of a batch in flight: tokens, text, stop strings."""
-
-    tokenizer: Tokenizer | None
-    prompts: list[list[int]]
-    max_new_tokens: int
-    stop_strings: tuple[str, ...]
-    eos: frozenset[int]
-
-    def done(self, state: pax.State) -> bool:
-        """Whether every row has ended."""
-        return not bool(state.running.any())
-
-    def visible(self, ids: Sequence[int]) -> list[int]:
-        """Tokens that are text: all but the eos ids."""
-        return [token for token in ids if token not in self.eos]
-
-    def stop_rows(self, state: pax.State) -> np.ndarray:
-        """Running rows whose text holds a stop string."""
-        if not self.stop_strings:
-            return np.zeros(len(self.prompts), bool)
-        return np.array([self._cut(tokens)[1] for tokens in self.new_tokens(state)])
-
-    def outputs(self, state: pax.State) -> list[Output]:
-        """The answers so far."""
-        reasons = np.asarray(state.finish)
-        logprobs = np.asarray(state.logprobs)
-        outputs = []
-        for row, (prompt, tokens) in enumerate(zip(self.prompts, self.new_tokens(state), strict=True)):
-            text, stopped, kept = self._cut(tokens)
-            chosen = logprobs[row, len(prompt) : len(prompt) + kept]
-            reason = pax.Finish.STOP if stopped else pax.Finish(int(reasons[row]))
-            outputs.append(Output(prompt, tokens[:kept], text, reason.label, [float(p) for p in chosen]))
-        return outputs
-
-    def stats(self, state: pax.State) -> dict[str, int]:
-        """The run's counters, and what a cache without paging would have reserved."""
-        table, stats = state.cache.table, state.stats
-        counted = {f.name: int(getattr(stats, f.name)) for f in dataclasses.fields(stats)}
-        widest = max(len(p) for p in self.prompts) + self.max_new_tokens
-        return {
-            **counted,
-            "block_size": table.block_size,
-            "num_blocks": table.blocks.refcount.size,
-            "tokens_reserved_peak": counted["blocks_peak"] * table.block_size,
-            "tokens_reserved_unpaged": len(self.prompts) * widest,
-        }
-
-    def new_tokens(self, state: pax.State) -> list[list[int]]:
-        """Token ids of the answers so far."""
-        tokens, known = np.asarray(state.tokens), np.asarray(state.known)
-        return [tokens[row, len(p) : known[row]].tolist() for row, p in enumerate(self.prompts)]
-
-    def _cut(self, tokens: list[int]) -> tuple[str | None, bool, int]:
-        """Text before the first stop string, whether there was one, and the tokens up to its end."""
-        if (tokenizer := self.tokenizer) is None:
-            return None, False, len(tokens)
-
-        def decode(n: int) -> str:
-            return tokenizer.decode(self.visible(tokens[:n]))
-
-        def has_stop(n: int) -> bool:
-            return any(stop in decode(n) for stop in self.stop_strings)
-
-        text = decode(len(tokens))
-        found = [at for at in (text.find(stop) for stop in self.stop_strings) if at >= 0]
-        if not found:
-            return text, False, len(tokens)
-        return text[: min(found)], True, next(n for n in range(1, len(tokens) + 1) if has_stop(n))
-
-
-def _bucket(n: int) -> int:
-    """The next power of two, 16 at least."""
-    return max(16, 1 << (n - 1).bit_length())
-
-
-def _eos_set(eos: int | Sequence[int]) -> frozenset[int]:
-    return frozenset([eos] if isinstance(eos, int) else eos)
-
-
-def _merge(total: dict, part: dict) -> dict:
-    """Counters of two batches: sums, and the larger of what is a size."""
-    highest = {"blocks_peak", "block_size", "num_blocks", "tokens_reserved_peak", "tokens_reserved_unpaged"}
-    return {
-        name: (max if name in highest else lambda a, b: a + b)(total.get(name, 0), value)
-        for name, value in part.items()
-    }

@@ -1,0 +1,121 @@
+"""The host's side of a batch: what its tokens say, where a stop string ends them, what the run counted.
+
+State (device) --Batch.outputs--> [Output(text, token_ids, finish_reason, logprobs)]     --merge--> Run
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+import paxattn as pax
+from models.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """One answer. `token_ids` are the new tokens, the eos token included if produced."""
+
+    prompt_ids: list[int]
+    token_ids: list[int]
+    text: str | None  # None where the model has no tokenizer
+    finish_reason: str
+    logprobs: list[float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Answers of a call, in the order of the prompts, and its counters summed over batches."""
+
+    outputs: list[Output]
+    stats: dict[str, int | float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Reads the host's side of a batch in flight: tokens, text, stop strings."""
+
+    tokenizer: Tokenizer | None
+    prompts: list[list[int]]
+    max_new_tokens: int
+    stop_strings: tuple[str, ...]
+    eos: frozenset[int]
+
+    def done(self, state: pax.State) -> bool:
+        """Whether every row has ended."""
+        return not bool(state.running.any())
+
+    def visible(self, ids: Sequence[int]) -> list[int]:
+        """Tokens that are text: all but the eos ids."""
+        return [token for token in ids if token not in self.eos]
+
+    def stop_rows(self, state: pax.State) -> np.ndarray:
+        """Running rows whose text holds a stop string."""
+        if not self.stop_strings:
+            return np.zeros(len(self.prompts), bool)
+        return np.array([self._cut(tokens)[1] for tokens in self.new_tokens(state)])
+
+    def outputs(self, state: pax.State) -> list[Output]:
+        """The answers so far."""
+        reasons = np.asarray(state.finish)
+        logprobs = np.asarray(state.logprobs)
+        outputs = []
+        for row, (prompt, tokens) in enumerate(zip(self.prompts, self.new_tokens(state), strict=True)):
+            text, stopped, kept = self._cut(tokens)
+            chosen = logprobs[row, len(prompt) : len(prompt) + kept]
+            reason = pax.Finish.STOP if stopped else pax.Finish(int(reasons[row]))
+            outputs.append(Output(prompt, tokens[:kept], text, reason.label, [float(p) for p in chosen]))
+        return outputs
+
+    def stats(self, state: pax.State) -> dict[str, int]:
+        """The run's counters, and what a cache without paging would have reserved."""
+        table, stats = state.cache.table, state.stats
+        counted = {f.name: int(getattr(stats, f.name)) for f in dataclasses.fields(stats)}
+        widest = max(len(p) for p in self.prompts) + self.max_new_tokens
+        return {
+            **counted,
+            "block_size": table.block_size,
+            "num_blocks": table.blocks.refcount.size,
+            "tokens_reserved_peak": counted["blocks_peak"] * table.block_size,
+            "tokens_reserved_unpaged": len(self.prompts) * widest,
+        }
+
+    def new_tokens(self, state: pax.State) -> list[list[int]]:
+        """Token ids of the answers so far."""
+        tokens, known = np.asarray(state.tokens), np.asarray(state.known)
+        return [tokens[row, len(p) : known[row]].tolist() for row, p in enumerate(self.prompts)]
+
+    def _cut(self, tokens: list[int]) -> tuple[str | None, bool, int]:
+        """Text before the first stop string, whether there was one, and the tokens up to its end."""
+        if (tokenizer := self.tokenizer) is None:
+            return None, False, len(tokens)
+
+        def decode(n: int) -> str:
+            return tokenizer.decode(self.visible(tokens[:n]))
+
+        def has_stop(n: int) -> bool:
+            return any(stop in decode(n) for stop in self.stop_strings)
+
+        text = decode(len(tokens))
+        found = [at for at in (text.find(stop) for stop in self.stop_strings) if at >= 0]
+        if not found:
+            return text, False, len(tokens)
+        return text[: min(found)], True, next(n for n in range(1, len(tokens) + 1) if has_stop(n))
+
+
+def bucket(n: int) -> int:
+    """The next power of two, 16 at least."""
+    return max(16, 1 << (n - 1).bit_length())
+
+
+def eos_set(eos: int | Sequence[int]) -> frozenset[int]:
+    return frozenset([eos] if isinstance(eos, int) else eos)
+
+
+def merge(total: dict, part: dict) -> dict:
+    """Counters of two batches: sums, and the larger of what is a size."""
+    highest = {"blocks_peak", "block_size", "num_blocks", "tokens_reserved_peak", "tokens_reserved_unpaged"}
+    return {
+        name: (max if name in highest else lambda a, b: a + b)(total.get(name, 0), value)
+        for name, value in part.items()
+    }
