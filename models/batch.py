@@ -109,6 +109,7 @@ def bucket(n: int) -> int:
 
 
 def eos_set(eos: int | Sequence[int]) -> frozenset[int]:
+    """One or several eos ids as a set."""
     return frozenset([eos] if isinstance(eos, int) else eos)
 
 
