@@ -18,8 +18,10 @@ from pathlib import Path
 
 import jax
 
+import paxattn
+
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("paxattn", "jax", "jaxlib", "flax", "numpy")
+PACKAGES = ("jax", "jaxlib", "flax", "numpy")
 
 
 def machine() -> dict:
@@ -46,7 +48,8 @@ def device() -> dict:
 
 def versions(peers: dict[str, str] | None = None) -> dict:
     """Versions of Python, of our packages, and of `peers` as they report themselves."""
-    return {"python": platform.python_version()} | {p: metadata.version(p) for p in PACKAGES} | (peers or {})
+    ours = {"python": platform.python_version(), "paxattn": paxattn.__version__}
+    return ours | {p: metadata.version(p) for p in PACKAGES} | (peers or {})
 
 
 def commit() -> dict:

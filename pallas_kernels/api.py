@@ -5,6 +5,7 @@
     pages [B, P] --------+        |
                                   +-- "reference"  the definition, dense, float32
                                   +-- "xla"        online softmax over pages, any platform
+                                  +-- "mosaic"     kernels for Hopper GPUs
 
 An implementation is a function with the signature of `reference.paged_attention`, entered in IMPLEMENTATIONS;
 one test suite runs them all. Asked for by name it runs or raises; "auto" takes the fastest one that can.
@@ -12,9 +13,13 @@ one test suite runs them all. Asked for by name it runs or raises; "auto" takes 
 
 import jax
 
-from pallas_kernels import reference, xla
+from pallas_kernels import mosaic, reference, xla
 
-IMPLEMENTATIONS = {"reference": reference.paged_attention, "xla": xla.paged_attention}
+IMPLEMENTATIONS = {
+    "reference": reference.paged_attention,
+    "xla": xla.paged_attention,
+    "mosaic": mosaic.paged_attention,
+}
 
 
 def paged_attention(
@@ -53,9 +58,11 @@ def paged_attention(
 
     Raises:
       ValueError: shapes that do not fit together, options out of range, or an unknown implementation.
+      NotImplementedError: the implementation asked for by name cannot run this.
     """
     _check(q, k_pool, v_pool, pages, length, query_start, sliding_window, soft_cap)
-    name = "xla" if implementation == "auto" else implementation
+    fits = mosaic.on_hopper() and mosaic.obstacle(q, k_pool) is None
+    name = ("mosaic" if fits else "xla") if implementation == "auto" else implementation
     if name not in IMPLEMENTATIONS:
         known = ", ".join(("auto", *IMPLEMENTATIONS))
         raise ValueError(f"attention implementation {implementation!r} is unknown; choose one of {known}.")

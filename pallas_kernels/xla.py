@@ -1,7 +1,6 @@
 """Paged attention in plain XLA: tiles of queries, an online softmax over chunks of pages.
 
-    token axis  | row 0: 5 queries | row 1: 2 | idle |     tiles of 4:  [0 0 0 0] [0 . . .] [1 1 . .]
-    each tile   loops over its row's pages, CHUNK tokens at a time:  m, l, acc  <-  online softmax
+    each tile of queries loops over its row's pages, CHUNK tokens at a time:  m, l, acc  <-  online softmax
 
 Each chunk gathers only the blocks it needs: no dense [B, P * S] copy exists at any time. The number of tiles
 has a static bound, the number of chunks is the longest live row's. Milakov and Gimelshein 2018 (online softmax).
@@ -9,6 +8,8 @@ has a static bound, the number of chunks is the longest live row's. Milakov and 
 
 import jax
 import jax.numpy as jnp
+
+from pallas_kernels.tiles import query_tiles
 
 CHUNK = 64
 """Key positions looked at per iteration, in whole blocks; a row pays for its last chunk whole."""
@@ -22,7 +23,7 @@ def paged_attention(
     """See `pallas_kernels.paged_attention`."""
     (num_tokens, heads, head_dim), (_, kv_heads, block_size, _) = q.shape, k_pool.shape
     tile = min(max(num_tokens // pages.shape[0], 1), MAX_TILE)
-    row, index, position, tile_of = _tiles(num_tokens, tile, length, query_start)
+    row, index, position, place = query_tiles(num_tokens, tile, length, query_start)
     num_tiles = row.shape[0]
     queries = q[index].reshape(num_tiles, tile, kv_heads, -1, head_dim).transpose(0, 2, 1, 3, 4)
     group = queries.shape[3]
@@ -65,36 +66,13 @@ def paged_attention(
 
     def unpack(tiles):  # [n, K, tile, G, ...] -> [T, H, ...]
         flat = tiles.swapaxes(1, 2).reshape(num_tiles * tile, heads, *tiles.shape[4:])
-        return flat[tile_of]
+        return flat[place]
 
     live = jnp.arange(num_tokens) < query_start[-1]
     return (
         jnp.where(live[:, None, None], unpack(out), 0).astype(q.dtype),
         jnp.where(live[:, None], unpack(lse), -jnp.inf),
     )
-
-
-def _tiles(num_tokens: int, tile: int, length: jax.Array, query_start: jax.Array):
-    """Deals the packed queries to tiles of one row each.
-
-    Returns:
-      row [n], index on the token axis [n, tile], position in the row [n, tile] (-1 for padding), and for each
-      token its place in the flattened tiles [T].
-    """
-    rows = length.shape[0]
-    num_tiles = (num_tokens + rows * (tile - 1)) // tile  # sum of ceil(count / tile), at most
-    tiles_of_row = (jnp.diff(query_start) + tile - 1) // tile
-    first_tile = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(tiles_of_row, dtype=jnp.int32)])
-    i = jnp.arange(num_tiles, dtype=jnp.int32)
-    row = jnp.minimum(jnp.sum(i[:, None] >= first_tile[1:], axis=1), rows - 1)
-    index = (query_start[row] + (i - first_tile[row]) * tile)[:, None] + jnp.arange(tile, dtype=jnp.int32)
-    real = (i < first_tile[-1])[:, None] & (index < query_start[row + 1][:, None])
-    position = jnp.where(real, (length[row] - query_start[row + 1])[:, None] + index, -1)
-
-    token = jnp.arange(num_tokens, dtype=jnp.int32)
-    token_row = jnp.minimum(jnp.sum(token[:, None] >= query_start[1:], axis=1), rows - 1)
-    tile_of = first_tile[token_row] * tile + token - query_start[token_row]
-    return row, jnp.clip(index, 0, num_tokens - 1), position, jnp.clip(tile_of, 0, num_tiles * tile - 1)
 
 
 def _gather(pool: jax.Array, ids: jax.Array) -> jax.Array:

@@ -65,8 +65,7 @@ def allocate(blocks: Blocks, want: Bool[Array, "*cells"]) -> tuple[Blocks, Int32
     free_ids = jnp.zeros(slots, jnp.int32).at[place].set(jnp.arange(place.size, dtype=jnp.int32), mode="drop")
     given = wanted & ok
     ids = jnp.where(given, free_ids[jnp.maximum(rank, 0)], NULL)
-    refcount = blocks.refcount.at[ids].add(given.astype(jnp.int32))
-    return Blocks(refcount), ids.reshape(want.shape), ok
+    return retain(blocks, ids), ids.reshape(want.shape), ok
 
 
 def retain(blocks: Blocks, ids: Int32[Array, "*cells"]) -> Blocks:
@@ -82,4 +81,5 @@ def release(blocks: Blocks, ids: Int32[Array, "*cells"]) -> Blocks:
 def references(ids: Int32[Array, "*cells"], num_blocks: int) -> Int32[Array, "N"]:
     """How often each block is listed, NULL not counted."""
     flat = ids.ravel()
-    return jnp.zeros(num_blocks, jnp.int32).at[flat].add((flat != NULL).astype(jnp.int32))
+    listed = jnp.where(flat == NULL, num_blocks, flat)  # dropped: adding 0 to NULL would queue all threads there
+    return jnp.zeros(num_blocks, jnp.int32).at[listed].add(1, mode="drop")

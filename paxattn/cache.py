@@ -92,7 +92,7 @@ class Plan:
 
 
 def extend(
-    cache: Cache, count: Int32[Array, "B"], *, budget: int, attention: str = "auto"
+    cache: Cache, count: Int32[Array, "B"], *, budget: int, attention: str = "auto", shared: bool = True
 ) -> tuple[Cache, Plan, Int32[Array, ""]]:
     """Makes room for `count[b]` tokens a row, copies shared tails, and plans the step.
 
@@ -101,6 +101,7 @@ def extend(
       count: tokens that each row feeds: 0 idle, 1 decoding, more in prefill or when verifying a draft.
       budget: T, the static length of the token axis; the counts may sum to at most this.
       attention: name of the attention implementation, see `pallas_kernels.paged_attention`.
+      shared: False promises that no block has two holders, so that nothing can need copying.
 
     Returns:
       The cache, the plan and a `Status`. Not OK: the same cache, bit for bit, and a plan that is all idle.
@@ -108,7 +109,7 @@ def extend(
     over = jnp.sum(count) > budget
     table, copies, status = append(cache.table, jnp.where(over, 0, count))
     status = jnp.where(over, jnp.int32(Status.OVER_BUDGET), status)
-    layers = _copy_blocks(cache.layers, copies)
+    layers = _copy_blocks(cache.layers, copies) if shared else cache.layers
     plan = _plan(table, jnp.where(status == Status.OK, count, 0), copies, budget, attention)
     return Cache(table, layers), plan, status
 

@@ -114,11 +114,10 @@ def _tail_must_be_copied(table: PageTable, count: Int32[Array, "B"]) -> Bool[Arr
     """Rows about to write into a partly filled block that somebody else holds too."""
     writes = (count > 0) & (table.length % table.block_size != 0)
     tail = jnp.where(writes, _block_at(table.pages, table.length // table.block_size), NULL)
-    row = jnp.arange(1, table.num_rows + 1, dtype=jnp.int32)
-    refcount = table.blocks.refcount
-    writers = references(tail, refcount.shape[0])
-    last_writer = jnp.zeros_like(refcount).at[tail].max(row)
-    keeps = (refcount == writers)[tail] & (last_writer[tail] == row)
+    row = jnp.arange(table.num_rows)
+    shares = (tail[:, None] == tail) & (tail != NULL)  # [B, B]: rows that write into the same block
+    last_writer = jnp.max(jnp.where(shares, row, -1), axis=1)
+    keeps = (table.blocks.refcount[tail] == jnp.sum(shares, axis=1)) & (last_writer == row)
     return writes & ~keeps
 
 

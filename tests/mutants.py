@@ -37,7 +37,7 @@ MUTANTS = (
     Mutant("clamp refcounts at zero", "paxattn/blocks.py", "return Blocks(blocks.refcount - references(ids, blocks.refcount.shape[0]))", "return Blocks(jnp.maximum(blocks.refcount - references(ids, blocks.refcount.shape[0]), 0))", PAGES),
     Mutant("allocate in part", "paxattn/blocks.py", "given = wanted & ok", "given = wanted", PAGES),
     Mutant("never copy on write", "paxattn/pages.py", "return writes & ~keeps", "return writes & False", PAGES),
-    Mutant("every holder copies", "paxattn/pages.py", "& (last_writer[tail] == row)", "& (last_writer[tail] < 0)", PAGES),
+    Mutant("every holder copies", "paxattn/pages.py", "& (last_writer == row)", "& (last_writer < 0)", PAGES),
     Mutant("copy but keep the reference", "paxattn/pages.py", "end, release(blocks, source)", "end, blocks", PAGES),
     Mutant("do not copy the data", "paxattn/cache.py", "copies.count > 0", "copies.count > 99", PAGES),
     Mutant("truncate keeps a block too many", "paxattn/pages.py", "table.pages.shape[1]) < table.pages_for(length)[:, None]\n    blocks", "table.pages.shape[1]) <= table.pages_for(length)[:, None]\n    blocks", PAGES),

@@ -52,12 +52,19 @@ class Sampling:
             keys,
         )
 
+    @property
+    def is_greedy(self) -> Bool[Array, ""]:
+        """Whether every row takes the model's arg-max as it is."""
+        return jnp.all((self.temperature <= 0) & (self.repetition_penalty == 1))
+
 
 def pick(
     logits: Float32[Array, "B V"],
     sampling: Sampling,
     tokens: Int32[Array, "B M"],
     known: Int32[Array, "B"],
+    *,
+    greedy: bool = False,
 ) -> tuple[Int32[Array, "B"], Float32[Array, "B"]]:
     """The next token of each row, and its log-probability under the model (before any knob).
 
@@ -66,19 +73,27 @@ def pick(
       sampling: the knobs.
       tokens: prompt and generated tokens so far, for the repetition penalty.
       known: how many of `tokens` count; also the position that the new token takes.
+      greedy: True promises that no row uses a knob (`sampling.is_greedy`): none is looked at.
+
+    Returns:
+      Tokens and log-probabilities; NaN logits give a NaN log-probability.
     """
-    penalised = jax.lax.cond(
-        jnp.any(sampling.repetition_penalty != 1),
-        lambda: _penalise(logits, sampling.repetition_penalty, tokens, known),
-        lambda: logits,
-    )
-    token = jax.lax.cond(
-        jnp.any(sampling.temperature > 0),
-        lambda: _sample(penalised, sampling, known),
-        lambda: _best(penalised),
-    )
+    if greedy:
+        token = _best(logits)
+    else:
+        penalised = jax.lax.cond(
+            jnp.any(sampling.repetition_penalty != 1),
+            lambda: _penalise(logits, sampling.repetition_penalty, tokens, known),
+            lambda: logits,
+        )
+        token = jax.lax.cond(
+            jnp.any(sampling.temperature > 0),
+            lambda: _sample(penalised, sampling, known),
+            lambda: _best(penalised),
+        )
+    top = jnp.max(logits, axis=-1)
     chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
-    return token, chosen - jax.nn.logsumexp(logits, axis=-1)
+    return token, chosen - top - jnp.log(jnp.sum(jnp.exp(logits - top[:, None]), axis=-1))
 
 
 def _best(logits):

@@ -76,6 +76,11 @@ class State:
         return self.finish == Finish.RUNNING
 
     @property
+    def is_plain(self) -> Bool[Array, ""]:
+        """Whether all rows are greedy and no block is shared: the common case, which asks the host nothing."""
+        return self.sampling.is_greedy & jnp.all(self.cache.table.blocks.refcount <= 1)
+
+    @property
     def pending(self) -> Int32[Array, "B"]:
         """Known tokens that are not in the cache yet: 1 when decoding, more in prefill."""
         return jnp.where(self.running, self.known - self.cache.table.length, 0)
@@ -98,14 +103,15 @@ def share(pending: Int32[Array, "B"], budget: int) -> Int32[Array, "B"]:
     return fed + deal(singles, budget - jnp.sum(fed))
 
 
-def step(model: Model, state: State, *, budget: int, attention: str = "auto") -> State:
+def step(model: Model, state: State, *, budget: int, attention: str = "auto", plain: bool = False) -> State:
     """Feeds up to `budget` tokens, picks, retires, frees.
 
-    When blocks run out the rows still running end as OUT_OF_BLOCKS with what they have.
+    When blocks run out the rows still running end as OUT_OF_BLOCKS with what they have. `plain` promises that
+    `state.is_plain`: what a step without sharing and sampling does not need is then left out of the program.
     """
     before = state.cache.table.blocks.num_used
     count = share(state.pending, budget)
-    cache, plan, status = extend(state.cache, count, budget=budget, attention=attention)
+    cache, plan, status = extend(state.cache, count, budget=budget, attention=attention, shared=not plain)
     ok = status == Status.OK
     held = cache.table.blocks.num_used
 
@@ -113,8 +119,8 @@ def step(model: Model, state: State, *, budget: int, attention: str = "auto") ->
     hidden, layers = model(fed, plan, cache.layers)
     picks = ok & (count > 0) & (cache.table.length == state.known)
     logits = model.logits(hidden[plan.last])
-    token, logprob = pick(logits, state.sampling, state.tokens, state.known)
-    finite = ~jnp.isnan(logits).any(axis=-1)
+    token, logprob = pick(logits, state.sampling, state.tokens, state.known, greedy=plain)
+    finite = ~jnp.isnan(logprob)
 
     row = jnp.arange(state.known.size)
     column = jnp.where(picks & finite, state.known, state.tokens.shape[1])
@@ -170,13 +176,20 @@ def advance(
     steps: Int32[Array, ""] | int | None = None,
     attention: str = "auto",
 ) -> State:
-    """Runs the batch until every row has ended, or for `steps` more steps: one `lax.while_loop`, two bodies.
+    """Runs the batch until every row has ended, or for `steps` more steps: one program, three loops in a loop.
 
     While a row has a prompt to feed the token axis is `budget` long; once all rows decode it is one token a
-    row. Both bodies update the pools in place.
+    row. Each loop updates the pools in place. On a GPU a question that steers the program makes the device wait
+    for the host, so the plain decode loop asks one a step: whether to go on.
     """
     rows = state.known.size
     end = jnp.int32(2**31 - 1) if steps is None else state.stats.steps + steps
+
+    def more(state):
+        return jnp.any(state.running) & (state.stats.steps < end)
+
+    def prompts(state):
+        return jnp.any(state.pending > 1)
 
     def prefill(state):
         return step(model, state, budget=budget, attention=attention)
@@ -184,7 +197,12 @@ def advance(
     def decode(state):
         return step(model, state, budget=rows, attention=attention)
 
-    def body(state):
-        return jax.lax.cond(jnp.any(state.pending > 1), prefill, decode, state)
+    def decode_plain(state):
+        return step(model, state, budget=rows, attention=attention, plain=True)
 
-    return jax.lax.while_loop(lambda s: jnp.any(s.running) & (s.stats.steps < end), body, state)
+    def body(state):
+        state = jax.lax.while_loop(lambda s: more(s) & prompts(s), prefill, state)
+        state = jax.lax.while_loop(lambda s: more(s) & ~prompts(s) & s.is_plain, decode_plain, state)
+        return jax.lax.while_loop(lambda s: more(s) & ~prompts(s) & ~s.is_plain, decode, state)
+
+    return jax.lax.while_loop(more, body, state)

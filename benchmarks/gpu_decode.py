@@ -1,0 +1,116 @@
+"""Whole decode steps and prefill on one GPU: random weights, bf16, block 16, greedy, through `pax.advance`.
+
+    state = start(prompts) -- advance(the prefill steps) --> t_prefill -- advance(128 more) --> t_decode / 128
+
+Beside each row stand the time that the bytes alone would take and what vLLM 0.24 took on the same card model.
+"""
+
+import argparse
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import record
+from shapes import CONFIGS
+
+import models
+import paxattn as pax
+
+VLLM = {  # (model, rows, prompt): prefill tokens a second, ms a step; vLLM 0.24, H100 80GB, random weights
+    ("8B", 1, 128): (12_318, 6.504),
+    ("8B", 8, 512): (43_419, 6.797),
+    ("8B", 32, 512): (44_332, 7.617),
+    ("8B", 32, 2048): (42_723, 9.827),
+    ("8B", 128, 512): (43_532, 11.041),
+    ("1B", 1, 128): (17_962, 2.267),
+    ("1B", 32, 512): (253_683, 1.817),
+    ("1B", 32, 2048): (261_080, 2.370),
+    ("1B", 128, 512): (269_465, 3.114),
+    ("135M", 1, 128): (11_835, 2.412),
+    ("135M", 32, 512): (426_094, 2.995),
+    ("135M", 128, 512): (439_925, 3.170),
+}
+BUDGET = {"8B": 8192, "1B": 8192, "135M": 8192, "tiny": 512}  # max_num_batched_tokens
+READ = 3.1e12  # bytes a second that the card reads
+METHOD = """Prefill: prompt tokens / time of the steps that feed them, from a fresh state, host clock around a
+blocking call. Decode: (time of the steps of 129 new tokens - time of the first) / 128. Medians; the samples are
+in seconds. floor_ms: weights and live K/V read once at 3.1 TB/s. vLLM's figures were taken earlier on a card of
+the same kind."""
+
+
+def measure(name: str, model, rows: int, prompt: int, new: int, repeats: int, attention: str) -> dict:
+    """One row of the table."""
+    budget = pax.prefill_budget((rows, prompt), BUDGET[name])
+    ids = np.random.default_rng(0).integers(0, model.vocab_size, (rows, prompt)).astype(np.int32)
+    start = jax.jit(
+        lambda ids: pax.start(model, ids, np.full(rows, prompt), max_new_tokens=new + 1, max_model_len=prompt + new + 1)
+    )
+    advance = jax.jit(pax.advance, static_argnames=("budget", "attention"), donate_argnames="state")
+
+    def run(state, steps):
+        began = time.perf_counter()
+        state = jax.block_until_ready(advance(model, state, budget=budget, steps=steps, attention=attention))
+        return state, time.perf_counter() - began
+
+    prefill_steps = -(-rows * prompt // budget)
+    prefill, decode = [], []
+    for repeat in range(repeats + 1):  # the first compiles
+        state = jax.block_until_ready(start(jnp.asarray(ids)))
+        state, first = run(state, prefill_steps)
+        assert int(state.stats.prefill_steps) == prefill_steps and (state.known == prompt + 1).all()
+        state, rest = run(state, new)
+        assert int(state.stats.steps) == prefill_steps + new and not state.running.any()
+        if repeat:
+            prefill.append(first)
+            decode.append(rest)
+        del state
+    weights = sum(x.nbytes for x in jax.tree.leaves(model))
+    cached = rows * (prompt + new // 2) * model.cache_spec.bytes_per_token
+    vllm_prefill, vllm_ms = VLLM[name, rows, prompt]
+    return {
+        "model": name,
+        "rows": rows,
+        "prompt": prompt,
+        "ms_per_step": 1e3 * statistics.median(decode) / new,
+        "prefill_tokens_per_s": rows * prompt / statistics.median(prefill),
+        "floor_ms": 1e3 * (weights + cached) / READ,
+        "vllm_ms_per_step": vllm_ms,
+        "vllm_prefill_tokens_per_s": vllm_prefill,
+        "prefill_seconds": prefill,
+        "decode_seconds": decode,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", default="8B,1B,135M")
+    parser.add_argument("--only", help="one row, like 32x512")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--attention", default="auto")
+    parser.add_argument("--name", default="decode", help="of the result file")
+    options = parser.parse_args()
+    rows = []
+    for name in options.models.split(","):
+        make = jax.jit(lambda key, name=name: models.random_llama(CONFIGS[name], key, "bfloat16"))
+        model = jax.block_until_ready(make(jax.random.key(0)))
+        for which, num_rows, prompt in VLLM:
+            if which != name or options.only not in (None, f"{num_rows}x{prompt}"):
+                continue
+            began = time.perf_counter()
+            row = measure(name, model, num_rows, prompt, 128, options.repeats, options.attention)
+            rows.append(row)
+            print(
+                f"{name:5} {num_rows:4} x {prompt:<5} {row['ms_per_step']:7.3f} ms a step (vLLM {row['vllm_ms_per_step']:.3f}, "
+                f"{row['vllm_ms_per_step'] / row['ms_per_step']:.2f}x, floor {row['floor_ms']:.2f})   prefill "
+                f"{row['prefill_tokens_per_s']:9,.0f} tok/s ({row['prefill_tokens_per_s'] / row['vllm_prefill_tokens_per_s']:.2f}x)"
+                f"   [{time.perf_counter() - began:.0f} s]",
+                flush=True,
+            )
+        del model
+    print(record.write(options.name, rows, method=METHOD, folder="h100"))
+
+
+if __name__ == "__main__":
+    main()

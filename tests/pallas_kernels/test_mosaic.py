@@ -1,0 +1,128 @@
+"""The kernels for Hopper: on such a GPU against the definition, elsewhere interpreted and lowered.
+
+a GPU      every case of HOPPER_CASES                 here    the real bodies, interpreted, races looked for
+anywhere   every shape lowers to code for sm_90               (TINY_CASES: an interpreter takes seconds a case)
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+
+from pallas_kernels import decode, mosaic, paged_attention
+from pallas_kernels.cases import CASES, HOPPER_CASES, TINY_CASES, make
+from pallas_kernels.config import KernelConfig
+from tests.pallas_kernels.test_paged_attention import by_hand, error
+
+TOLERANCE = 1e-2  # bf16, of the worst query; typically 2e-3
+on_hopper = pytest.mark.skipif(not mosaic.on_hopper(), reason="needs a Hopper GPU")
+
+
+def arrays_of(case, dtype=ml_dtypes.bfloat16):
+    return make(case, dtype=dtype)
+
+
+def worst(out, want):
+    """The largest error of a query that sees something."""
+    return max(error(got, ref) for got, ref in zip(out, want, strict=True) if ref.any())
+
+
+def check(case, arrays, out, lse):
+    """Out and lse against float64 on the same rounded inputs; idle queries give 0 and -inf."""
+    want_out, want_lse = by_hand(case, arrays)
+    assert worst(out, want_out) < TOLERANCE
+    assert not np.asarray(out, float)[~want_out.any(axis=(1, 2))].any()
+    fed = np.isfinite(want_lse)
+    assert (np.isfinite(lse) == fed).all()
+    np.testing.assert_allclose(np.asarray(lse)[fed], want_lse[fed], atol=1e-4)
+
+
+@pytest.mark.parametrize("case", TINY_CASES.values(), ids=TINY_CASES.keys())
+def test_the_real_body_interpreted(case):
+    arrays = arrays_of(case)
+    interpret = plgpu.InterpretGPUParams(detect_races=True)
+    scale = case.head_dim**-0.5 if case.scale is None else case.scale
+    out, lse = decode.paged_attention(
+        *map(jnp.asarray, arrays),
+        config=KernelConfig(num_sms=2),
+        interpret=interpret,
+        **{**case.options, "scale": scale},
+    )
+    check(case, arrays, out, lse)
+
+
+@on_hopper
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("case", HOPPER_CASES.values(), ids=HOPPER_CASES.keys())
+def test_equals_the_definition(case, dtype):
+    arrays = arrays_of(case, dtype)
+    out, lse = jax.jit(functools.partial(paged_attention, implementation="mosaic", **case.options))(*arrays)
+    check(case, arrays, out, lse)
+
+
+def test_the_tolerance_rejects():
+    case = HOPPER_CASES["decode-block-8"]
+    arrays = arrays_of(case)
+    zeroed = arrays._replace(k_pool=np.nan_to_num(arrays.k_pool), v_pool=np.nan_to_num(arrays.v_pool))
+    want, _ = by_hand(case, arrays)
+    pages = arrays.pages.copy()
+    pages[4, 7] = pages[4, 8]
+    for wrong in (
+        np.zeros_like(want),
+        by_hand(case, zeroed._replace(v_pool=zeroed.k_pool))[0],
+        by_hand(case, zeroed._replace(pages=pages))[0],
+        by_hand(case, zeroed._replace(length=np.maximum(arrays.length - 1, 1)))[0],
+    ):
+        assert worst(wrong, want) > 2 * TOLERANCE
+
+
+def lowered(case, dtype=jnp.bfloat16):
+    """The call as a program for an H100, made without one."""
+    arrays = [jax.ShapeDtypeStruct(a.shape, dtype if a.ndim > 2 else a.dtype) for a in arrays_of(case)]
+    scale = case.head_dim**-0.5 if case.scale is None else case.scale
+    call = jax.jit(functools.partial(decode.paged_attention, **{**case.options, "scale": scale}))
+    h100 = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", platform="gpu", num_cores=None)
+    with use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=h100)):
+        return call.trace(*arrays).lower(lowering_platforms=("cuda",))
+
+
+@pytest.mark.parametrize("case", HOPPER_CASES.values(), ids=HOPPER_CASES.keys())
+def test_lowers_for_an_h100(case):
+    assert "mosaic_gpu" in lowered(case).as_text()
+
+
+def test_half_precision_lowers_too():
+    assert "f16" in lowered(HOPPER_CASES["decode"], jnp.float16).as_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"head_dim": 80}, "head size is 80, must be one of 64, 128, 256"),
+        ({"block_size": 4}, "block_size is 4, must be a multiple of 8"),
+        ({"heads": 130}, "65 query heads share a KV head, at most 64 may"),
+    ],
+)
+def test_what_it_cannot_do_is_said(monkeypatch, change, message):
+    monkeypatch.setattr(mosaic, "on_hopper", lambda: True)
+    case = TINY_CASES["decode"]
+    arrays = arrays_of(type(case)(**{**vars(case), **change}))
+    with pytest.raises(NotImplementedError, match=message):
+        paged_attention(*arrays, implementation="mosaic")
+
+
+def test_other_dtypes_are_refused(monkeypatch):
+    monkeypatch.setattr(mosaic, "on_hopper", lambda: True)
+    with pytest.raises(NotImplementedError, match="float32 and float32, must both be bfloat16"):
+        paged_attention(*arrays_of(TINY_CASES["decode"], np.float32), implementation="mosaic")
+
+
+@pytest.mark.skipif(mosaic.on_hopper(), reason="here it runs")
+def test_asked_for_by_name_it_raises_where_it_cannot_run():
+    with pytest.raises(NotImplementedError, match='not a Hopper GPU; "xla" and "auto" run'):
+        paged_attention(*make(CASES["decode"]), implementation="mosaic")
