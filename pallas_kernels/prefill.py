@@ -117,6 +117,11 @@ def _check(q, k_pool, config) -> None:
     require(config.kv_tile % 64 == 0, f"kv_tile {config.kv_tile} is no multiple of 64.")
 
 
+def _multiple(x, factor: int):
+    """x, a multiple of `factor`, in a form that the lowering knows as one: warps have no `pl.multiple_of`."""
+    return lax.div(x, jnp.int32(factor)) * factor
+
+
 class _Item(NamedTuple):
     """One work item: scalars of the plan, and the heads that it is about."""
 
@@ -258,24 +263,19 @@ class _Call:
     def stream_queries(self, refs):
         stages = self.config.query_stages
 
-        def fetch(i, item, _):
-            slot = lax.rem(i, jnp.int32(stages))
-
-            @pl.when(i >= stages)
-            def _():
-                plgpu.barrier_wait(refs.q_free.at[slot])
-
+        def fetch(_, item, done):
+            slot = self.free_slot(refs.q_free, done, stages)
             for wg in range(2):
                 token, head = self.part(item, wg)
-                at = pl.ds(pl.multiple_of(token, 8), ROWS)
+                at = pl.ds(_multiple(token, 8), ROWS)
                 plgpu.copy_gmem_to_smem(refs.q.at[at, head], refs.q_ring.at[slot, wg], refs.q_full.at[slot])
-            return jnp.int32(0)
+            return done + 1
 
-        self.items(refs, fetch, jnp.int32(0))
+        self.drain(refs.q_free, self.items(refs, fetch, jnp.int32(0)), stages)
 
     def stream(self, refs, pool, ring, full, free):
         """Copies the KV tiles of all items, page by page, as slots of the ring become free."""
-        kv, stages, block_size = self.config.kv_tile, jnp.int32(self.config.stages), jnp.int32(self.block_size)
+        kv, stages, block_size = self.config.kv_tile, self.config.stages, jnp.int32(self.block_size)
         offsets = range(0, kv, self.copy)
 
         def page_ids(item, j):
@@ -287,16 +287,11 @@ class _Call:
 
             def one(j, carry):
                 done, *ids = carry
-                slot = lax.rem(done, stages)
                 ahead = page_ids(item, j + 1)  # the table's latency is spent while the slot is still in use
-
-                @pl.when(done >= stages)
-                def _():
-                    plgpu.barrier_wait(free.at[slot])
-
+                slot = self.free_slot(free, done, stages)
                 for o, page in zip(offsets, ids, strict=True):
                     at = 0 if kv % self.block_size == 0 else lax.rem(j * kv + o, block_size)
-                    at = pl.ds(at if isinstance(at, int) else pl.multiple_of(at, self.copy), self.copy)
+                    at = pl.ds(at, self.copy)
                     plgpu.copy_gmem_to_smem(
                         pool.at[page, kv_head, at], ring.at[slot, pl.ds(o, self.copy)], full.at[slot]
                     )
@@ -304,7 +299,25 @@ class _Call:
 
             return lax.fori_loop(item.begin, item.end, one, (done, *page_ids(item, item.begin)))[0]
 
-        self.items(refs, fetch, jnp.int32(0))
+        self.drain(free, self.items(refs, fetch, jnp.int32(0)), stages)
+
+    def free_slot(self, free, done, stages):
+        """The ring's next slot, waited for where it was used before."""
+        slot = lax.rem(done, jnp.int32(stages))
+
+        @pl.when(done >= stages)
+        def _():
+            plgpu.barrier_wait(free.at[slot])
+
+        return slot
+
+    def drain(self, free, done, stages):
+        """Waits until all slots are free: nobody leaves while others still signal."""
+        for back in reversed(range(stages)):
+
+            @pl.when(done > back)
+            def _(back=back):
+                plgpu.barrier_wait(free.at[lax.rem(done - 1 - back, jnp.int32(stages))])
 
     # The compute warpgroups.
 
@@ -367,7 +380,7 @@ class _Call:
         def _():
             stage[...] = value
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(stage, refs.out.at[pl.ds(pl.multiple_of(token, 8), ROWS), head])
+            plgpu.copy_smem_to_gmem(stage, refs.out.at[pl.ds(_multiple(token, 8), ROWS), head])
 
         @pl.when(~whole)
         def _():
