@@ -209,7 +209,7 @@ class _Call:
             barriers(2, query_stages),
             barriers(2, stages),
             barriers(2, stages),
-            barriers(2, 1),
+            barriers(1, 2),
             collective_axes="wg",
         )
 
@@ -229,34 +229,43 @@ class _Call:
         @pl.when(wg < 2)
         def _():
             plgpu.set_max_registers(self.config.compute_registers, action="increase")
-            # Half a step behind: one warpgroup multiplies while the other one exponentiates.
-            pl.when(wg == 1)(lambda: self.take_turns(refs))
-            self.items(refs, functools.partial(self.attend, refs, wg), jnp.int32(0))
-            pl.when(wg == 0)(lambda: self.take_turns(refs))
-
-    def take_turns(self, refs):
-        plgpu.barrier_arrive(refs.turn.at[0])
-        plgpu.barrier_wait(refs.turn.at[0])
+            self.compute(refs, wg)
 
     def items(self, refs, look, carry):
         """Runs carry = look(i, item, carry) over the items of this program.
 
         Items come heaviest first; every other round is dealt backwards, so that all programs get the same weight.
         """
-        program, programs = lax.axis_index("program"), jnp.int32(self.config.programs or 2**30)
-        total = refs.live[0] * self.units
-        rounds, rest = lax.div(total, programs), lax.rem(total, programs)
-
-        def place(i):
-            return jnp.where(lax.rem(i, jnp.int32(2)) == 0, program, programs - 1 - program)
+        total, programs = refs.live[0] * self.units, jnp.int32(self.programs)
+        rounds = lax.div(total, programs)
+        mine = rounds + (self.index(rounds) < total).astype(jnp.int32)
 
         def each(i, carry):
-            index = i * programs + place(i)
-            tile, unit = lax.div(index, jnp.int32(self.units)), lax.rem(index, jnp.int32(self.units))
+            tile, unit = self.place(self.index(i))
             fields = [refs.tile[tile, f] for f in range(9)]
             return look(i, _Item(*fields, unit * 2 if self.paired else unit), carry)
 
-        return lax.fori_loop(0, rounds + (place(rounds) < rest).astype(jnp.int32), each, carry)
+        return lax.fori_loop(0, mine, each, carry)
+
+    @property
+    def programs(self) -> int:
+        return self.config.programs or 2**24
+
+    def index(self, i):
+        """Which one of all items is the i-th of this program."""
+        program, programs = lax.axis_index("program"), jnp.int32(self.programs)
+        return i * programs + jnp.where(lax.rem(i, jnp.int32(2)) == 0, program, programs - 1 - program)
+
+    def place(self, index):
+        """Tile and unit in it."""
+        return lax.div(index, jnp.int32(self.units)), lax.rem(index, jnp.int32(self.units))
+
+    def has_keys(self, refs, i):
+        """Whether there is an i-th item and it sees any key; those that see none come last."""
+        index = self.index(i)
+        last = refs.live[0] * self.units - 1
+        tile, _ = self.place(jnp.minimum(index, last))
+        return (index <= last) & (refs.tile[tile, 5] < refs.tile[tile, 6])
 
     # The memory warpgroup.
 
@@ -325,52 +334,97 @@ class _Call:
         """First token and head of a warpgroup's share of an item."""
         return (item.token, item.head + wg) if self.paired else (item.token + wg * ROWS, item.head)
 
-    def attend(self, refs, wg, i, item, done):
-        """One item, from its queries to its rows of the output; `done` KV tiles came before it."""
-        buffer = lax.rem(i, jnp.int32(self.config.query_stages))
-        kv = jnp.int32(self.config.kv_tile)
+    def compute(self, refs, wg):
+        pl.when(wg == 1)(lambda: self.pass_turn(refs, wg))  # warpgroup 0 begins
+        nothing = plgpu.layout_cast(jnp.zeros((ROWS, self.config.kv_tile), jnp.float32), plgpu.Layout.WGMMA)
+        s = self.first_scores(refs, wg, jnp.int32(0), jnp.int32(0)) if self.ahead else nothing
+        self.items(refs, functools.partial(self.attend, refs, wg), (jnp.int32(0), s))
+        pl.when(wg == 0)(lambda: self.await_turn(refs, wg))
+        plgpu.wait_smem_to_gmem(0)
+
+    def await_turn(self, refs, wg):
+        plgpu.barrier_wait(refs.turn.at[wg])
+
+    def pass_turn(self, refs, wg):
+        plgpu.barrier_arrive(refs.turn.at[1 - wg])
+
+    @property
+    def ahead(self) -> bool:
+        """Whether the last product of an item is issued with the first one of the next."""
+        return self.config.query_stages > 1
+
+    def buffer(self, i):
+        return lax.rem(i, jnp.int32(self.config.query_stages))
+
+    def slot(self, done):
+        return lax.rem(done, jnp.int32(self.config.stages))
+
+    def first_scores(self, refs, wg, i, done):
+        """Products of an item's queries with its first KV tile, where there is one."""
+        there, buffer, slot = self.has_keys(refs, i), self.buffer(i), self.slot(done)
+
+        @pl.when(there)
+        def _():
+            plgpu.barrier_wait(refs.q_full.at[buffer])
+            plgpu.barrier_wait(refs.k_full.at[slot])
+
+        self.await_turn(refs, wg)
+
+        def multiply(ref):
+            plgpu.wgmma(ref, refs.q_ring.at[buffer, wg], refs.k_ring.at[slot].T)
+            self.pass_turn(refs, wg)
+            return ref[...]
+
+        s = pl.run_scoped(multiply, plgpu.ACC((ROWS, self.config.kv_tile), jnp.float32))
+        pl.when(there)(lambda: plgpu.barrier_arrive(refs.k_free.at[slot]))
+        return s
+
+    def attend(self, refs, wg, i, item, carry):
+        """One item, from its first scores to its rows of the output; `done` KV tiles came before it."""
+        done, s = carry
+        kv, buffer = jnp.int32(self.config.kv_tile), self.buffer(i)
         offset = 0 if self.paired else wg * ROWS
         low, high = jnp.maximum(item.low - offset, 0), jnp.minimum(item.high - offset, ROWS)
         position = item.position + offset
-        first, last = position + low, position + high - 1
-        # KV tiles before `edge` lie on the window's edge, those before `inner` are seen whole, `end` is the last one.
-        end = jnp.where(high > 0, jnp.minimum(lax.div(last, kv) + 1, item.end), item.begin)
+        # KV tiles before `edge` lie on the window's edge, those before `inner` are seen whole.
         edge = item.begin
         if self.sliding_window is not None:
-            edge = lax.div(jnp.maximum(last - self.sliding_window + 1, 0) + kv - 1, kv)
-            edge = jnp.clip(edge, item.begin, end)
-        inner = jnp.clip(lax.div(first + 1, kv), edge, end)
+            edge = lax.div(jnp.maximum(position + high - self.sliding_window, 0) + kv - 1, kv)
+            edge = jnp.clip(edge, item.begin, item.end)
+        inner = jnp.clip(lax.div(position + low + 1, kv), edge, item.end)
 
-        plgpu.barrier_wait(refs.q_full.at[buffer])
-
-        @pl.when(item.begin < item.end)
+        @pl.when(item.begin == item.end)
         def _():
-            plgpu.barrier_wait(refs.k_full.at[lax.rem(done, jnp.int32(self.config.stages))])
+            plgpu.barrier_wait(refs.q_full.at[buffer])
 
-        step = functools.partial(self.step, refs, wg, item, refs.q_ring.at[buffer, wg], position, done - item.begin)
+        if not self.ahead:
+            s = self.first_scores(refs, wg, i, done)
+        step = functools.partial(self.step, refs, wg, i, item, position, done - item.begin)
         row = plgpu.Layout.WGMMA.reduce(1)
         carry = (
             plgpu.layout_cast(jnp.zeros((ROWS, self.head_dim), jnp.float32), plgpu.Layout.WGMMA),
             plgpu.layout_cast(jnp.full((ROWS,), LOW, jnp.float32), row),
             plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), row),
+            s,
         )
+        end = item.end if self.ahead else jnp.maximum(item.end - 1, item.begin)
+        edge, inner = jnp.minimum(edge, end), jnp.minimum(inner, end)
         if self.sliding_window is not None:
             carry = lax.fori_loop(item.begin, edge, functools.partial(step, masked=True), carry)
         carry = lax.fori_loop(edge, inner, functools.partial(step, masked=False), carry)
-        acc, top, total = lax.fori_loop(inner, end, functools.partial(step, masked=True), carry)
-        if not self.paired:
-            lax.fori_loop(end, item.end, functools.partial(self.pass_by, refs, wg, item, done - item.begin), None)
+        carry = lax.fori_loop(inner, end, functools.partial(step, masked=True), carry)
+        if not self.ahead:
+            carry = lax.fori_loop(end, item.end, functools.partial(step, masked=True, last=True), carry)
+        acc, top, total, s = carry
 
-        self.take_turns(refs)  # the last step's other half; writing results is one more softmax
         some = total != 0  # NaN stays: a sick row must show
         safe = jnp.where(some, total, 1.0)
         value = (acc * lax.broadcast_in_dim(1.0 / safe, acc.shape, [0])).astype(self.dtype)
         lse = jnp.where(some, top + jnp.log2(safe), -jnp.inf) * (1 / LOG2_E)
         self.write(refs, refs.q_ring.at[buffer, wg], *self.part(item, wg), low, high, value, lse)
-        self.take_turns(refs)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         plgpu.barrier_arrive(refs.q_free.at[buffer])
-        return done + item.end - item.begin
+        return done + item.end - item.begin, s
 
     def write(self, refs, stage, token, head, low, high, value, lse):
         """Rows low <= r < high of a tile: by TMA where these are all, else one by one."""
@@ -388,21 +442,55 @@ class _Call:
 
         store_rows(refs.lse, lse, token, head, low, high, interpret=self.interpret)
 
-    def step(self, refs, wg, item, queries, position, before, j, carry, *, masked):
-        """One KV tile: an online softmax in base 2."""
-        acc, top, total = carry
-        slot = lax.rem(before + j, jnp.int32(self.config.stages))
+    def step(self, refs, wg, i, item, position, before, j, carry, *, masked, last=False):
+        """One KV tile: the online softmax of its scores, in base 2, then the two products that wait for nobody.
+
+        These are its weights times its values, and the scores of the next tile: of this item or of the next one.
+        """
+        acc, top, total, s = carry
+        slot, next_slot = self.slot(before + j), self.slot(before + j + 1)
         start = j * self.config.kv_tile
+        acc, top, total, p = self.softmax(acc, top, total, s, position, start, masked)
+        plgpu.barrier_wait(refs.v_full.at[slot])
+        if masked:
+            self.clear(refs, wg, item, slot, start)
 
-        def multiply(ref):
-            plgpu.wgmma(ref, queries, refs.k_ring.at[slot].T)
-            plgpu.barrier_arrive(refs.turn.at[0])
-            return ref[...]
+        leaves = j + 1 == item.end
+        next_buffer = self.buffer(i + leaves.astype(jnp.int32))
+        more = False
+        if not last:
+            more = ~leaves | self.has_keys(refs, i + 1) if self.ahead else True
 
-        s = pl.run_scoped(multiply, plgpu.ACC((ROWS, self.config.kv_tile), jnp.float32))
-        plgpu.barrier_arrive(refs.k_free.at[slot])
-        plgpu.barrier_wait(refs.turn.at[0])
+        def await_next():
+            plgpu.barrier_wait(refs.k_full.at[next_slot])
+            pl.when(leaves)(lambda: plgpu.barrier_wait(refs.q_full.at[next_buffer]))
 
+        if not last:
+            pl.when(more)(await_next)
+        self.await_turn(refs, wg)
+        queries, keys, values = refs.q_ring.at[next_buffer, wg], refs.k_ring.at[next_slot], refs.v_ring.at[slot]
+        if self.interpret:  # has no operands in registers
+            refs.weights[wg] = p
+            plgpu.commit_smem()
+            p = refs.weights.at[wg]
+
+        def multiply(acc_ref, s_ref):
+            if not self.interpret:
+                acc_ref[...] = acc
+            plgpu.wgmma(acc_ref, p, values)
+            if not last:
+                plgpu.wgmma(s_ref, queries, keys.T)
+            self.pass_turn(refs, wg)
+            return acc_ref[...], s_ref[...]
+
+        summed, s = pl.run_scoped(multiply, plgpu.ACC(acc.shape, jnp.float32), plgpu.ACC(s.shape, jnp.float32))
+        acc = acc + summed if self.interpret else summed
+        plgpu.barrier_arrive(refs.v_free.at[slot])
+        if not last:
+            pl.when(more)(lambda: plgpu.barrier_arrive(refs.k_free.at[next_slot]))
+        return acc, top, total, s
+
+    def softmax(self, acc, top, total, s, position, start, masked):
         factor = self.scale * LOG2_E
         if self.soft_cap is not None:
             s, factor = jnp.tanh(s * (self.scale / self.soft_cap)), self.soft_cap * LOG2_E
@@ -415,44 +503,7 @@ class _Call:
         p = jnp.exp2(s * factor - lax.broadcast_in_dim(new_top, s.shape, [0]))
         acc = acc * lax.broadcast_in_dim(shrink, acc.shape, [0])
         total = total * shrink + p.sum(axis=1)
-        p = p.astype(self.dtype)
-        acc, new_top, total, p = lax.optimization_barrier((acc, new_top, total, p))
-        if masked:
-            plgpu.barrier_wait(refs.v_full.at[slot])
-            self.clear(refs, wg, item, slot, start)
-        plgpu.barrier_arrive(refs.turn.at[0])
-        if not masked:
-            plgpu.barrier_wait(refs.v_full.at[slot])
-        plgpu.barrier_wait(refs.turn.at[0])
-
-        acc = self.weigh(refs, wg, acc, p, slot, lambda: self.await_next(refs, item, before, j))
-        plgpu.barrier_arrive(refs.v_free.at[slot])
-        return acc, new_top, total
-
-    def await_next(self, refs, item, before, j):
-        @pl.when(j + 1 < item.end)
-        def _():
-            plgpu.barrier_wait(refs.k_full.at[lax.rem(before + j + 1, jnp.int32(self.config.stages))])
-
-    def weigh(self, refs, wg, acc, p, slot, meanwhile):
-        """acc + p @ values."""
-        values = refs.v_ring.at[slot]
-        if not self.interpret:
-
-            def multiply(ref):
-                plgpu.wgmma(ref, p, values)
-                meanwhile()
-
-            return pl.run_state(multiply)(plgpu.ACC.init(acc))
-
-        def multiply_from_memory(ref):  # interpret mode has no operands in registers
-            refs.weights[wg] = p
-            plgpu.commit_smem()
-            plgpu.wgmma(ref, refs.weights.at[wg], values)
-            return ref[...]
-
-        meanwhile()
-        return acc + pl.run_scoped(multiply_from_memory, plgpu.ACC(acc.shape, jnp.float32))
+        return lax.optimization_barrier((acc, new_top, total, p.astype(self.dtype)))
 
     def seen(self, shape, position, start):
         at = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA) + start
@@ -461,7 +512,7 @@ class _Call:
         return seen if self.sliding_window is None else seen & (at > query - self.sliding_window)
 
     def clear(self, refs, wg, item, slot, start):
-        """Zeroes the values that are nobody's: 0 * NaN is NaN. Warpgroup 0 does it, in its turn, for both."""
+        """Zeroes the values that are nobody's: 0 * NaN is NaN. Warpgroup 0 does it for both, before its turn."""
         kv, values = self.config.kv_tile, refs.v_ring.at[slot]
 
         @pl.when((wg == 0) & ((start + kv > item.dead_from) | (start < item.dead_to)))
@@ -474,14 +525,3 @@ class _Call:
                     live = (at >= item.dead_to) & (at < item.dead_from)
                     part[...] = jnp.where(live, value, jnp.zeros_like(value))
             plgpu.commit_smem()
-
-    def pass_by(self, refs, wg, item, before, j, _):
-        """A step of an item whose keys this warpgroup's queries do not see, but the other one's do."""
-        slot = lax.rem(before + j, jnp.int32(self.config.stages))
-        plgpu.barrier_arrive(refs.k_free.at[slot])
-        self.take_turns(refs)
-        plgpu.barrier_wait(refs.v_full.at[slot])
-        self.clear(refs, wg, item, slot, j * self.config.kv_tile)
-        self.take_turns(refs)
-        self.await_next(refs, item, before, j)
-        plgpu.barrier_arrive(refs.v_free.at[slot])
