@@ -47,7 +47,7 @@ class PrefillConfig:
     query_stages: int = 2  # query tiles in flight; results leave through their shared memory
     programs: int | None = 132  # resident programs, one an SM; None: a program an item
     compute_registers: int = 232
-    memory_registers: int = 40
+    memory_registers: int = 48
 
 
 def paged_attention(

@@ -1,9 +1,9 @@
 """Queries dealt to tiles, tiles in the order of their work. Plain XLA; equal calls of a program's layers are one.
 
-    token axis       |  row 0: 11 queries  | row 1: 3 | idle: 2 |
-    tiles of 8       [. . . . . . . .][. . . - - - - -]
-                                      [- - - . . . - -]                - a neighbour's, computed and not written
-                                      [- - - - - - . .]
+token axis       |  row 0: 11 queries  | row 1: 3 | idle: 2 |
+tiles of 8       [. . . . . . . .][. . . - - - - -]
+                                  [- - - . . . - -]                - a neighbour's, computed and not written
+                                  [- - - - - - . .]
 """
 
 from typing import NamedTuple

@@ -1,7 +1,7 @@
 """Some rows of a register tile to packed memory: what TMA, which moves whole tiles, cannot do.
 
-    tile       | neighbour's | low ... high | neighbour's |
-                               store_rows
+tile       | neighbour's | low ... high | neighbour's |
+                           store_rows
 """
 
 import jax.numpy as jnp
