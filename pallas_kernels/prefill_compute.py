@@ -1,0 +1,208 @@
+"""A compute warpgroup of the prefill kernel: softmax, turn, products, softmax, turn, products.
+
+    warpgroup 0  | P V, Q K' |  softmax  | P V, Q K' |  softmax  |
+    warpgroup 1              | P V, Q K' |  softmax  | P V, Q K' |     a turn ends when the products are issued
+
+The scores of tile j + 1 are multiplied together with the values of tile j, across items too, so that the tensor cores
+find the next product waiting.
+"""
+
+import functools
+import math
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.experimental.pallas.mosaic_gpu import WGMMAAccumulatorRef
+
+from pallas_kernels.prefill_walk import ROWS
+from pallas_kernels.store_rows import store_rows
+
+LOW = -1e30
+"""Where the running maximum starts: finite, so that a tile without a visible key gives exp(-inf - LOW) = 0."""
+LOG2_E = math.log2(math.e)
+
+
+def compute(call, refs, wg) -> None:
+    """All items of a program, for one of its two compute warpgroups."""
+    pl.when(wg == 1)(lambda: _pass_turn(refs, wg))  # warpgroup 0 begins
+    nothing = plgpu.layout_cast(jnp.zeros((ROWS, call.config.kv_tile), jnp.float32), plgpu.Layout.WGMMA)
+    s = _first_scores(call, refs, wg, jnp.int32(0), jnp.int32(0), call.begins(refs)) if call.ahead else nothing
+    call.items(refs, functools.partial(_attend, call, refs, wg), (jnp.int32(0), s))
+    pl.when(wg == 0)(lambda: _await_turn(refs, wg))
+
+
+def _await_turn(refs, wg):
+    plgpu.barrier_wait(refs.turn.at[wg])
+
+
+def _pass_turn(refs, wg):
+    plgpu.barrier_arrive(refs.turn.at[1 - wg])
+
+
+def _first_scores(call, refs, wg, i, done, there):
+    """Products of an item's queries with its first KV tile, where there is one."""
+    buffer, slot = call.buffer(i), call.slot(done)
+
+    @pl.when(there)
+    def _():
+        plgpu.barrier_wait(refs.q_full.at[buffer])
+        plgpu.barrier_wait(refs.k_full.at[slot])
+
+    _await_turn(refs, wg)
+
+    def multiply(ref):
+        plgpu.wgmma(ref, refs.q_ring.at[buffer, wg], refs.k_ring.at[slot].T)
+        _pass_turn(refs, wg)
+        return ref[...]
+
+    s = pl.run_scoped(multiply, WGMMAAccumulatorRef((ROWS, call.config.kv_tile), jnp.float32))
+    pl.when(there)(lambda: plgpu.barrier_arrive(refs.k_free.at[slot]))
+    return s
+
+
+def _attend(call, refs, wg, i, item, carry):
+    """One item, from its first scores to its rows of the output; `done` KV tiles came before it."""
+    done, s = carry
+    kv, buffer = jnp.int32(call.config.kv_tile), call.buffer(i)
+    token, head, low, high = call.part(item, wg)
+    position = item.position + token - item.token
+    # KV tiles before `edge` lie on the window's edge, those before `inner` are seen whole.
+    edge = item.begin
+    if call.sliding_window is not None:
+        edge = lax.div(jnp.maximum(position + high - call.sliding_window, 0) + kv - 1, kv)
+        edge = jnp.clip(edge, item.begin, item.end)
+    inner = jnp.clip(lax.div(position + low + 1, kv), edge, item.end)
+
+    @pl.when(item.begin == item.end)
+    def _():
+        plgpu.barrier_wait(refs.q_full.at[buffer])
+
+    if not call.ahead:
+        s = _first_scores(call, refs, wg, i, done, item.begin < item.end)
+    step = functools.partial(_step, call, refs, wg, i, item, position, done - item.begin)
+    row = plgpu.Layout.WGMMA.reduce(1)
+    carry = (
+        plgpu.layout_cast(jnp.zeros((ROWS, call.head_dim), jnp.float32), plgpu.Layout.WGMMA),
+        plgpu.layout_cast(jnp.full((ROWS,), LOW, jnp.float32), row),
+        plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), row),
+        s,
+    )
+    end = item.end if call.ahead else jnp.maximum(item.end - 1, item.begin)
+    edge, inner = jnp.minimum(edge, end), jnp.minimum(inner, end)
+    if call.sliding_window is not None:
+        carry = lax.fori_loop(item.begin, edge, functools.partial(step, masked=True), carry)
+    carry = lax.fori_loop(edge, inner, functools.partial(step, masked=False), carry)
+    carry = lax.fori_loop(inner, end, functools.partial(step, masked=True), carry)
+    if not call.ahead:
+        carry = lax.fori_loop(end, item.end, functools.partial(step, masked=True, last=True), carry)
+    acc, top, total, s = carry
+
+    some = total != 0  # NaN stays: a sick row must show
+    safe = jnp.where(some, total, 1.0)
+    value = (acc * lax.broadcast_in_dim(1.0 / safe, acc.shape, [0])).astype(call.dtype)
+    lse = jnp.where(some, top + jnp.log2(safe), -jnp.inf) * (1 / LOG2_E)
+
+    @pl.when((low == 0) & (high == ROWS))
+    def _():
+        refs.q_ring[buffer, wg] = value
+        plgpu.commit_smem()
+
+    @pl.when((low > 0) | (high < ROWS))  # TMA moves whole tiles
+    def _():
+        store_rows(refs.out, value, token, head, low, high, interpret=call.interpret)
+
+    plgpu.barrier_arrive(refs.o_full.at[buffer])
+    store_rows(refs.lse, lse, token, head, low, high, interpret=call.interpret)
+    return done + item.end - item.begin, s
+
+
+def _step(call, refs, wg, i, item, position, before, j, carry, *, masked, last=False):
+    """One KV tile: the online softmax of its scores, in base 2, then the two products that wait for nobody.
+
+    These are its weights times its values, and the scores of the next tile: of this item or of the next one.
+    """
+    acc, top, total, s = carry
+    slot, next_slot = call.slot(before + j), call.slot(before + j + 1)
+    start = j * call.config.kv_tile
+    acc, top, total, p = _softmax(call, acc, top, total, s, position, start, masked)
+    plgpu.barrier_wait(refs.v_full.at[slot])
+    if masked:
+        _clear(call, refs, wg, item, slot, start)
+
+    leaves = j + 1 == item.end
+    next_buffer = call.buffer(i + leaves.astype(jnp.int32))
+    more = False
+    if not last:
+        more = ~leaves | item.more if call.ahead else True
+
+    def await_next():
+        plgpu.barrier_wait(refs.k_full.at[next_slot])
+        pl.when(leaves)(lambda: plgpu.barrier_wait(refs.q_full.at[next_buffer]))
+
+    if not last:
+        pl.when(more)(await_next)
+    _await_turn(refs, wg)
+    queries, keys, values = refs.q_ring.at[next_buffer, wg], refs.k_ring.at[next_slot], refs.v_ring.at[slot]
+    if call.interpret:  # has no operands in registers
+        refs.weights[wg] = p
+        plgpu.commit_smem()
+        p = refs.weights.at[wg]
+
+    def multiply(acc_ref, s_ref):
+        if not call.interpret:
+            acc_ref[...] = acc
+        plgpu.wgmma(acc_ref, p, values)
+        if not last:
+            plgpu.wgmma(s_ref, queries, keys.T)
+        _pass_turn(refs, wg)
+        return acc_ref[...], s_ref[...]
+
+    summed, s = pl.run_scoped(
+        multiply, WGMMAAccumulatorRef(acc.shape, jnp.float32), WGMMAAccumulatorRef(s.shape, jnp.float32)
+    )
+    acc = acc + summed if call.interpret else summed
+    plgpu.barrier_arrive(refs.v_free.at[slot])
+    if not last:
+        pl.when(more)(lambda: plgpu.barrier_arrive(refs.k_free.at[next_slot]))
+    return acc, top, total, s
+
+
+def _softmax(call, acc, top, total, s, position, start, masked):
+    factor = call.scale * LOG2_E
+    if call.soft_cap is not None:
+        s, factor = jnp.tanh(s * (call.scale / call.soft_cap)), call.soft_cap * LOG2_E
+    elif call.scale <= 0:  # the largest score is no longer the largest product
+        s, factor = s * factor, 1.0
+    if masked:
+        s = jnp.where(_seen(call, s.shape, position, start), s, -jnp.inf)
+    new_top = jnp.maximum(top, s.max(axis=1) * factor)
+    shrink = jnp.exp2(top - new_top)
+    p = jnp.exp2(s * factor - lax.broadcast_in_dim(new_top, s.shape, [0]))
+    acc = acc * lax.broadcast_in_dim(shrink, acc.shape, [0])
+    total = total * shrink + p.sum(axis=1)
+    return lax.optimization_barrier((acc, new_top, total, p.astype(call.dtype)))
+
+
+def _seen(call, shape, position, start):
+    at = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA) + start
+    query = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA) + position
+    seen = at <= query
+    return seen if call.sliding_window is None else seen & (at > query - call.sliding_window)
+
+
+def _clear(call, refs, wg, item, slot, start):
+    """Zeroes the values that are nobody's: 0 * NaN is NaN. Warpgroup 0 does it for both, before its turn."""
+    kv, values = call.config.kv_tile, refs.v_ring.at[slot]
+
+    @pl.when((wg == 0) & ((start + kv > item.dead_from) | (start < item.dead_to)))
+    def _():
+        for r in range(0, kv, 64):
+            for c in range(0, call.head_dim, 64):
+                part = values.at[pl.ds(r, 64), pl.ds(c, 64)]
+                at = plgpu.broadcasted_iota(jnp.int32, (64, 64), 0, layout=plgpu.Layout.WGMMA) + (start + r)
+                value = plgpu.layout_cast(part[...], plgpu.Layout.WGMMA)
+                live = (at >= item.dead_to) & (at < item.dead_from)
+                part[...] = jnp.where(live, value, jnp.zeros_like(value))
+        plgpu.commit_smem()
