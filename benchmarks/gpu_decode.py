@@ -59,9 +59,11 @@ def measure(name: str, model, rows: int, prompt: int, new: int, repeats: int, at
     for repeat in range(repeats + 1):  # the first compiles
         state = jax.block_until_ready(start(jnp.asarray(ids)))
         state, first = run(state, prefill_steps)
-        assert int(state.stats.prefill_steps) == prefill_steps and (state.known == prompt + 1).all()
+        assert int(state.stats.prefill_steps) == prefill_steps
+        assert (state.known == prompt + 1).all()
         state, rest = run(state, new)
-        assert int(state.stats.steps) == prefill_steps + new and not state.running.any()
+        assert int(state.stats.steps) == prefill_steps + new
+        assert not state.running.any()
         if repeat:
             prefill.append(first)
             decode.append(rest)
@@ -101,10 +103,11 @@ def main() -> None:
             began = time.perf_counter()
             row = measure(name, model, num_rows, prompt, 128, options.repeats, options.attention)
             rows.append(row)
+            ms, vllm_ms = row["ms_per_step"], row["vllm_ms_per_step"]
+            rate, vllm_rate = row["prefill_tokens_per_s"], row["vllm_prefill_tokens_per_s"]
             print(
-                f"{name:5} {num_rows:4} x {prompt:<5} {row['ms_per_step']:7.3f} ms a step (vLLM {row['vllm_ms_per_step']:.3f}, "
-                f"{row['vllm_ms_per_step'] / row['ms_per_step']:.2f}x, floor {row['floor_ms']:.2f})   prefill "
-                f"{row['prefill_tokens_per_s']:9,.0f} tok/s ({row['prefill_tokens_per_s'] / row['vllm_prefill_tokens_per_s']:.2f}x)"
+                f"{name:5} {num_rows:4} x {prompt:<5} {ms:7.3f} ms a step (vLLM {vllm_ms:.3f}, {vllm_ms / ms:.2f}x, "
+                f"floor {row['floor_ms']:.2f})   prefill {rate:9,.0f} tok/s ({rate / vllm_rate:.2f}x)"
                 f"   [{time.perf_counter() - began:.0f} s]",
                 flush=True,
             )

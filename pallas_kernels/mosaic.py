@@ -4,7 +4,6 @@ T // B queries a row on average:   up to 64 rows of a matrix product -> decode  
 """
 
 import jax
-import jax.numpy as jnp
 
 from pallas_kernels import decode
 
