@@ -180,10 +180,13 @@ def run(
 def results(service: Service, lines: int) -> Served:
     """The answers in the first `lines` lines of the queue, and everything that was counted."""
     queue = jax.tree.map(lambda values: values[:lines], service.queue)
-    token_ids, logprobs = (new_tokens(b, queue.prompt_length, queue.known, b.shape[1]) for b in (queue.tokens, queue.logprobs))
+
+    def answers(buffer):
+        return new_tokens(buffer, queue.prompt_length, queue.known, buffer.shape[1])
+
     return Served(
-        token_ids=token_ids,
-        logprobs=logprobs,
+        token_ids=answers(queue.tokens),
+        logprobs=answers(queue.logprobs),
         length=queue.known - queue.prompt_length,
         finish_reason=queue.finish,
         preemptions=queue.preemptions,
@@ -206,6 +209,6 @@ def check_requests(model: Model, requests: Requests, *, max_model_len: int, bloc
     if (need >= num_blocks).any():
         line = int(np.argmax(need >= num_blocks))
         raise ValueError(
-            f"request {line} may need {need[line]} blocks of {block_size} tokens; the pool has {num_blocks - 1} to hand "
-            "out, so it could never finish; raise num_blocks, or lower its max_new_tokens."
+            f"request {line} may need {need[line]} blocks of {block_size} tokens; the pool has {num_blocks - 1} to "
+            "hand out, so it could never finish; raise num_blocks, or lower its max_new_tokens."
         )

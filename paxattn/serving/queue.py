@@ -89,18 +89,21 @@ class Queue:
     @staticmethod
     def create(lines: int, max_model_len: int) -> "Queue":
         """Lines without requests."""
-        zeros, never = jnp.zeros(lines, jnp.int32), jnp.full(lines, NEVER, jnp.int32)
+
+        def full(value=0):  # a buffer each: the queue may be donated
+            return jnp.full(lines, value, jnp.int32)
+
         return Queue(
             tokens=jnp.zeros((lines, max_model_len), jnp.int32),
             logprobs=jnp.zeros((lines, max_model_len), jnp.float32),
-            known=zeros,
-            prompt_length=zeros,
-            limit=zeros,
-            finish=jnp.full(lines, Finish.CANCELLED, jnp.int32),
-            priority=zeros,
-            ticket=zeros,
-            preemptions=zeros,
-            times=Times(never, never, never, never),
+            known=full(),
+            prompt_length=full(),
+            limit=full(),
+            finish=full(Finish.CANCELLED),
+            priority=full(),
+            ticket=full(),
+            preemptions=full(),
+            times=Times(full(NEVER), full(NEVER), full(NEVER), full(NEVER)),
             sampling=Sampling.create(lines),
         )
 

@@ -119,9 +119,7 @@ def admit(service: Service, order: Int32[Array, "R"], watermark: Float32[Array, 
     return dataclasses.replace(service, queue=dataclasses.replace(queue, times=times), line=line)
 
 
-def choose(
-    service: Service, rank: Int32[Array, "R"], budget: int
-) -> tuple[Int32[Array, "B"], Bool[Array, "B"]]:
+def choose(service: Service, rank: Int32[Array, "R"], budget: int) -> tuple[Int32[Array, "B"], Bool[Array, "B"]]:
     """How many tokens each row feeds, and which rows have to go.
 
     Decoding rows feed their one token, then prompts share what is left of the budget, in rank order. The rows

@@ -1,8 +1,8 @@
 """What each iteration did, in a fixed buffer: int32 [steps, columns], written in place, off by default.
 
-    step   rows  waiting  prefill  decode  used  allocated  freed  copied  preempted
-    0         3        5       48       0     3          3      0       0          0
-    1         3        5        0       3     3          0      0       0          0
+step   rows  waiting  prefill  decode  used  allocated  freed  copied  preempted
+0         3        5       48       0     3          3      0       0          0
+1         3        5        0       3     3          0      0       0          0
 """
 
 import jax.numpy as jnp
