@@ -95,19 +95,21 @@ def wake(service: Service) -> Service:
 def admit(service: Service, order: Int32[Array, "R"], watermark: Float32[Array, ""]) -> Service:
     """Seats waiting lines on empty rows, in order, while their blocks and those promised to others fit.
 
-    A seated row is promised the blocks of all that is known of it, fed or not. The watermark stays free for rows
-    to grow into, but a request alone may have every block.
+    A row is promised the blocks of all that is known of it, fed or not. The watermark stays free for rows to
+    grow into, as far as they can grow: a request alone always fits, and so do all where the pool is large enough.
     """
     queue, table, seated = service.queue, service.cache.table, service.seated
     waiting = service.waiting[order]
-    needed = jnp.cumsum(jnp.where(waiting, table.pages_for(queue.known[order]), 0))
     place = jnp.cumsum(waiting) - 1
+    now, end = table.pages_for(queue.known), table.pages_for(queue.limit - 1)  # the last token is never fed
 
-    room, busy = capacity(table), jnp.any(seated)
-    promised = jnp.sum(jnp.where(seated, table.pages_for(queue.known[service.line]), 0))
-    reserve = jnp.ceil(watermark * (table.blocks.refcount.size - 1)).astype(jnp.int32)
-    alone = (place == 0) & ~busy
-    fits = waiting & (place < jnp.sum(~seated)) & (needed <= jnp.where(alone, room, room - promised - reserve))
+    def total(blocks):  # of the rows, and of the lines up to each
+        taken = jnp.sum(jnp.where(seated, blocks[service.line], 0))
+        return taken + jnp.cumsum(jnp.where(waiting, blocks[order], 0))
+
+    reserve = jnp.floor(watermark * (table.blocks.refcount.size - 1)).astype(jnp.int32)
+    promised = total(now) + jnp.minimum(reserve, total(end - now))
+    fits = waiting & (place < jnp.sum(~seated)) & (promised <= capacity(table))
 
     rows = seated.size
     chosen = jnp.full(rows, queue.size, jnp.int32).at[jnp.where(fits, place, rows)].set(order, mode="drop")
