@@ -101,7 +101,7 @@ class Engine:
         self._lines: list[Answer | None] = [None] * lines
         self._leaving: dict[Answer, Finish] = {}
         self._watch: dict[Answer, Callable[[Answer], None]] = {}
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._ended: list[Answer] = []
         self._tickets = itertools.count()
         self._counts = dict.fromkeys(("output_tokens", "preemptions", "steps", "running", "blocks_used"), 0)
@@ -214,8 +214,9 @@ class Engine:
 
     def _more(self, answer: Answer, sent: int) -> None:
         """Another chunk, unless somebody else's has brought the next token meanwhile."""
-        if len(answer.token_ids) == sent and answer.finish_reason is None and not self.step():
-            raise ValueError("this answer was submitted to another engine; stream it there.")
+        with self._lock:
+            if len(answer.token_ids) == sent and answer.finish_reason is None and not self.step():
+                raise ValueError("this answer was submitted to another engine; stream it there.")
 
     def _turn(self) -> list[Answer]:
         self._leave()

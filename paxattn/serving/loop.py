@@ -84,7 +84,8 @@ def serve(
     if max_model_len is None:
         if is_traced(requests.prompt_length) or is_traced(requests.max_new_tokens):
             raise ValueError("the requests are traced, so they cannot size the page table: pass max_model_len.")
-        max_model_len = int(np.max(np.asarray(requests.prompt_length + requests.max_new_tokens), initial=1))
+        whole = np.asarray(requests.prompt_length) + np.asarray(requests.max_new_tokens)
+        max_model_len = int(np.max(whole, initial=1))
     if num_blocks is None:
         num_blocks = 1 + max_num_seqs * -(-max_model_len // block_size)
     if lines:
@@ -102,7 +103,9 @@ def serve(
     line = jnp.arange(lines, dtype=jnp.int32)
     service = dataclasses.replace(service, queue=put(service.queue, requests, line, line, most(service)))
     budget = mixed_budget(max_num_batched_tokens, max_num_seqs)
-    return results(run(model, service, budget=budget, policy=policy, attention=attention), lines)
+    if lines:  # a queue of none would still be compiled
+        service = run(model, service, budget=budget, policy=policy, attention=attention)
+    return results(service, lines)
 
 
 def open_service(

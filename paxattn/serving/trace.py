@@ -1,8 +1,8 @@
 """What each iteration did, in a fixed buffer: int32 [steps, columns], written in place, off by default.
 
-step   rows  waiting  prefill  decode  used  allocated  freed  copied  preempted
-0         3        5       48       0     3          3      0       0          0
-1         3        5        0       3     3          0      0       0          0
+step   rows  waiting  prefill  decode  held  blocks: used  allocated  freed  copied  preempted
+0         3        5       48       0    48             3          3      0       0          0
+1         3        5        0       3    51             6          3      0       0          0
 """
 
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ import numpy as np
 from paxattn.serving.service import Service
 from paxattn.typing import Array, Bool, Int32
 
-COLUMNS = ("rows", "waiting", "prefill_tokens", "decode_tokens", "blocks_used", "blocks_allocated",
+COLUMNS = ("rows", "waiting", "prefill_tokens", "decode_tokens", "tokens_held", "blocks_used", "blocks_allocated",
            "blocks_freed", "blocks_copied", "preempted")  # fmt: skip
 
 
@@ -39,6 +39,7 @@ def record(
         jnp.sum(fed.waiting),
         jnp.sum(jnp.where(decoding, 0, count)),
         jnp.sum(jnp.where(decoding, count, 0)),
+        jnp.sum(fed.cache.table.length + count),
         fed.cache.table.blocks.num_used + allocated,
         allocated,
         new.stats.blocks_freed - old.stats.blocks_freed,

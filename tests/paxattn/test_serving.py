@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 import paxattn as pax
 from paxattn.serving import trace as tracing
 from paxattn.serving.loop import most, open_service, results, run
-from paxattn.serving.policy import highest_priority, ranked, shortest_prompt
+from paxattn.serving.policy import first_come, highest_priority, ranked, shortest_prompt
 from paxattn.serving.queue import put
+from paxattn.serving.service import admit
 from tests.toys import VOCAB, Chain, Toy, prompts, tokens_of
 
 TOY, CHAIN = Toy.create(), Chain(jnp.int32(7))
@@ -108,15 +109,14 @@ def test_who_sits_where_and_when_is_unobservable(data):
 
 def test_the_oldest_request_is_never_preempted_and_moves_in_every_step():
     """So it ends after at most as many steps as it has tokens, and then another one is the oldest."""
-    service = enter(opened(3, 20), requests(), jnp.arange(LINES))
+    service = held_by_others(enter(opened(3, 41), requests(), jnp.arange(LINES)), 21)
     total = sum(LENGTHS) + LINES * NEW
     while (unfinished := np.asarray(service.queue.unfinished)).any():
         oldest = int(np.argmax(unfinished))
         before = service.queue
         was_seated = bool((service.line == oldest).any())
         held = int(service.cache.table.length[jnp.argmax(service.line == oldest)]) if was_seated else 0
-        service, broken = advance(service, pax.Policy(), 1, 4)
-        assert not any(broken.values())
+        service, _ = advance(service, pax.Policy(), 1, 7)
         assert int(service.queue.preemptions[oldest]) == int(before.preemptions[oldest])
         on_row = bool((service.line == oldest).any())
         ended = not bool(service.queue.unfinished[oldest])
@@ -189,6 +189,8 @@ def test_serve_is_all_of_it_and_its_trace_adds_up():
     assert columns["blocks_freed"].sum() == int(stats.blocks_freed) == int(stats.blocks_allocated)
     assert columns["blocks_used"].max() == int(stats.blocks_peak) <= 19
     assert columns["preempted"].sum() == int(result.preemptions.sum()) > 0
+    assert (columns["tokens_held"] <= 3 * columns["blocks_used"]).all()
+    assert (columns["tokens_held"] > 3 * (columns["blocks_used"] - columns["rows"])).all()
     assert columns["rows"].max() == ROWS
     assert columns["waiting"][0] == LINES - columns["rows"][0]
     assert not columns["blocks_copied"].any()
@@ -196,23 +198,33 @@ def test_serve_is_all_of_it_and_its_trace_adds_up():
     assert used[-1] == 0
 
 
+@jax.jit
+def solo(requests, eos):
+    """One row, and a pool of one request's size."""
+    policy = pax.Policy(highest_priority, highest_priority)
+    return pax.serve(CHAIN, requests, max_num_seqs=1, max_model_len=MODEL_LEN, block_size=8, num_blocks=1 + 7,
+                     max_num_batched_tokens=40, policy=policy, eos_token_id=eos)  # fmt: skip
+
+
+def chained(new=NEW, **options):
+    return pax.Requests.create(IDS, LENGTH, max_new_tokens=new, **options)
+
+
 def test_rows_and_blocks_serve_the_next_request_in_the_next_iteration():
-    """One row, a pool of one request's size: no iteration is idle."""
-    result = pax.serve(CHAIN, pax.Requests.create(IDS, LENGTH, max_new_tokens=4), max_num_seqs=1, block_size=8,
-                       num_blocks=1 + 6, max_num_batched_tokens=40)  # fmt: skip
-    assert int(result.stats.steps) == LINES * 4
+    result = solo(chained(4), jnp.array([VOCAB]))
+    assert int(result.stats.steps) == LINES * 4, "no iteration is idle"
     assert (result.times.admitted[1:] == result.times.ended[:-1]).all()
     assert not result.preemptions.any()
+    assert tokens_of(result) == [CHAIN.answer(IDS[r, : LENGTHS[r]], 4) for r in range(LINES)]
+    assert tracing.columns(result.trace, 1) == {}, "off unless asked for"
 
 
 def test_all_end_in_one_iteration_and_idle_time_is_skipped():
-    asked = pax.Requests.create(IDS[:ROWS], jnp.ones(ROWS), max_new_tokens=1, arrival=1000)
-    result = pax.serve(CHAIN, asked, max_num_seqs=ROWS)
-    assert int(result.stats.steps) == 1
-    assert tracing.columns(result.trace, 1) == {}, "off unless asked for"
-    assert result.times.admitted.tolist() == [1000] * ROWS
-    assert result.times.ended.tolist() == [1001] * ROWS
-    assert tokens_of(result) == [CHAIN.answer(row[:1], 1) for row in IDS[:ROWS]]
+    asked = dataclasses.replace(requests(max_new_tokens=1, arrival=1000), prompt_length=jnp.ones(LINES, jnp.int32))
+    result = serve(TOY, asked, **SMALL)
+    assert int(result.stats.steps) == 4
+    assert result.times.admitted.tolist() == [1000] * 3 + [1001] * 3 + [1002] * 3 + [1003]
+    assert (result.times.ended == result.times.admitted + 1).all()
 
 
 def test_no_request_is_no_work():
@@ -221,13 +233,9 @@ def test_no_request_is_no_work():
     assert int(result.stats.steps) == 0
 
 
-@pytest.mark.parametrize(
-    ("order", "key"), [(shortest_prompt, LENGTHS), (highest_priority, [-(r % 4) for r in range(LINES)])]
-)
-def test_an_order_decides_who_is_seated(order, key):
-    asked = requests(priority=np.arange(LINES) % 4, temperature=0.0)
-    result = pax.serve(CHAIN, asked, max_num_seqs=1, policy=pax.Policy(admit=order), max_num_batched_tokens=40)
-    assert np.argsort(result.times.admitted).tolist() == sorted(range(LINES), key=lambda r: key[r])
+def test_an_order_decides_who_is_seated():
+    result = solo(chained(priority=np.arange(LINES) % 4), jnp.array([VOCAB]))
+    assert np.argsort(result.times.admitted).tolist() == [3, 7, 2, 6, 1, 5, 9, 0, 4, 8]
 
 
 def test_ties_go_by_arrival_then_by_submission():
@@ -235,47 +243,43 @@ def test_ties_go_by_arrival_then_by_submission():
     asked = requests(arrival=[5, 0, 5, 0, 0, 0, 0, 0, 0, 0], priority=[1, 1, 1, 0, 0, 0, 0, 0, 0, 9])
     queue = put(queue, asked, jnp.arange(LINES), jnp.arange(LINES)[::-1], 99)
     assert ranked(queue, highest_priority).tolist() == [9, 1, 2, 0, 8, 7, 6, 5, 4, 3]
+    assert ranked(queue, first_come).tolist() == [9, 8, 7, 6, 5, 4, 3, 1, 2, 0]
+    assert ranked(queue, shortest_prompt).tolist() == sorted(range(LINES), key=lambda r: LENGTHS[r])
 
 
-def test_admission_leaves_the_watermark_free():
+@pytest.mark.parametrize(("watermark", "seated"), [(0.2, [0, 1]), (0.3, [0, LINES])])
+def test_admission_leaves_the_watermark_free(watermark, seated):
     """Two requests of four blocks each fit into ten where two blocks are to stay free, and not where three are."""
-    asked = pax.Requests.create(IDS[:2], jnp.full(2, 16), max_new_tokens=20)
-    go = jax.jit(lambda policy: pax.serve(CHAIN, asked, max_num_seqs=2, block_size=4, num_blocks=11, policy=policy))
-    assert go(pax.Policy(watermark=0.2)).times.admitted.tolist() == [0, 0]
-    assert go(pax.Policy(watermark=0.3)).times.admitted.tolist() == [0, 20]
+    service = open_service(CHAIN, lines=LINES, max_num_seqs=2, max_model_len=36, num_blocks=11, block_size=4)
+    asked = pax.Requests.create(IDS, jnp.full(LINES, 16), max_new_tokens=20)
+    line = jnp.arange(LINES)
+    service = dataclasses.replace(service, queue=put(service.queue, asked, line, line, most(service)))
+    assert admit(service, line, jnp.float32(watermark)).line.tolist() == seated
+    assert admit(service, line[::-1], jnp.float32(0.3)).line.tolist() == [LINES - 1, LINES]
 
 
 def test_nan_logits_end_that_request_only():
-    """Token 5 is never picked and is asked by one request; its blocks are used again by the others."""
-    bad = 5
-    ids = jnp.where(bad == IDS, bad + 1, IDS)
+    """A token that no other request meets has a NaN embedding; the sick request's blocks are used again by others."""
 
-    @dataclasses.dataclass(frozen=True)
-    class Sick:
-        embed: jax.Array
-        cache_spec, vocab_size = TOY.cache_spec, VOCAB
+    def go(bad, embedding, sick):
+        ids = jnp.where(bad == IDS, (bad + 1) % VOCAB, IDS)
+        asked = dataclasses.replace(requests(), prompt_ids=ids.at[2, 4].set(bad) if sick else ids)
+        return serve(dataclasses.replace(TOY, embed=TOY.embed.at[bad, 0].add(embedding)), asked, **SMALL)
 
-        def __call__(self, *arguments):
-            return dataclasses.replace(TOY, embed=self.embed)(*arguments)
-
-        def logits(self, hidden):
-            return TOY.logits(hidden).at[:, bad].add(-1e9)
-
-    def go(embed, ids):
-        return pax.serve(Sick(embed), pax.Requests.create(ids, LENGTH, max_new_tokens=NEW), max_num_seqs=ROWS,
-                         block_size=3, num_blocks=24, max_num_batched_tokens=7, max_model_len=MODEL_LEN)  # fmt: skip
-
-    go = jax.jit(go)
-    healthy, sick = go(TOY.embed, ids), go(TOY.embed.at[bad, 0].set(jnp.nan), ids.at[2, 4].set(bad))
+    for bad in range(VOCAB):
+        healthy = tokens_of(go(bad, 0.0, sick=False))
+        if not any(bad in row for row in healthy):
+            break
+    sick = go(bad, jnp.nan, sick=True)
     assert [pax.Finish(int(f)).label for f in sick.finish_reason] == ["length"] * 2 + ["not_finite"] + ["length"] * 7
     others = [r for r in range(LINES) if r != 2]
-    assert [tokens_of(sick)[r] for r in others] == [tokens_of(healthy)[r] for r in others]
+    assert [tokens_of(sick)[r] for r in others] == [healthy[r] for r in others]
 
 
 def test_eos_ends_a_request():
     full = [CHAIN.answer(IDS[r, : LENGTHS[r]], NEW) for r in range(LINES)]
     eos = full[3][4]
-    result = pax.serve(CHAIN, pax.Requests.create(IDS, LENGTH, max_new_tokens=NEW), max_num_seqs=ROWS, eos_token_id=eos)
+    result = solo(chained(), jnp.array([eos]))
     assert tokens_of(result) == [row[: row.index(eos) + 1] if eos in row else row for row in full]
     assert pax.Finish(int(result.finish_reason[3])) is pax.Finish.STOP
 
@@ -327,4 +331,4 @@ def test_bad_requests_are_refused_before_anything_is_allocated(change, options, 
 
 def test_traced_requests_need_a_row_size():
     with pytest.raises(ValueError, match="pass max_model_len"):
-        jax.jit(lambda r: pax.serve(CHAIN, r, max_num_seqs=2))(requests())
+        jax.jit(lambda r: pax.serve(CHAIN, r, max_num_seqs=2))(chained())
