@@ -19,7 +19,7 @@ from models.llama import random_llama
 from models.serve_bench import Bench, workload
 
 VLLM = {"8B": 8375.0, "1B": 32993.0, "135M": 27138.0}
-"""Output tokens a second, vLLM 0.24 on one H100 80GB: the same draw of lengths, block 16, CUDA graphs, FlashAttention 3."""
+"""Output tokens a second: vLLM 0.24, one H100 80GB, lengths by the same rule, block 16, CUDA graphs, FA3."""
 BUDGET = {"8B": 2048, "1B": 8192, "135M": 8192, "tiny": 512}
 """Token axis of a step with prompts: long where the matrix products of the model are small."""
 EVERYTHING = 2**30  # steps
@@ -85,9 +85,9 @@ def measure(name: str, options: argparse.Namespace, attention: str) -> dict:
 
 def table(lines: list[dict]) -> str:
     """One line a model."""
-    text = [
-        f"{'model':<8}{'tokens/s':>12}{'vLLM':>12}{'times':>8}{'s':>9}{'prompts s':>11}{'decode s':>10}{'preempted':>11}"
-    ]
+    heads = "tokens/s", "vLLM", "times", "s", "prompts s", "decode s", "preempted"
+    widths = 12, 12, 8, 9, 11, 10, 11
+    text = [f"{'model':<8}" + "".join(f"{head:>{width}}" for head, width in zip(heads, widths, strict=True))]
     for line in lines:
         peer, times = line["vllm_output_tokens_per_s"] or 0, line["times_vllm"] or 0
         phases = line["phases"]

@@ -37,9 +37,11 @@ class Nothing:
     cache_spec = pax.CacheSpec(0, 1, 1, jnp.float32)
 
     def __call__(self, tokens, plan, layers):
+        """Nothing is written."""
         return jnp.zeros((tokens.shape[0], 1)), layers
 
     def logits(self, hidden):
+        """All equal."""
         return jnp.zeros((hidden.shape[0], 2))
 
 
@@ -116,7 +118,7 @@ def measure(name: str, options: argparse.Namespace) -> list[dict]:
 
 
 METHOD = """
-All requests wait from the start; one token a row and step; the pool holds the same number of tokens for every way. Wasted is
+All requests wait from the start; one token a row and step; the pool holds as many tokens for every way. Wasted is
 1 - live tokens / reserved tokens, summed over the steps in which requests still wait; requests_at_once is the mean
 number of rows over the same steps. Lengths are log-normal with the paper's means and a standard deviation of the
 logarithm of 1, each cut to 1024. The paged rows are paxattn's loop with a model that stores nothing.

@@ -19,6 +19,7 @@ from typing import NamedTuple
 from tests.paths import ROOT
 
 PAGES, GENERATE = "tests/paxattn/test_pages.py", "tests/paxattn/test_generate.py"
+SERVING, ENGINE = "tests/paxattn/test_serving.py", "tests/paxattn/test_engine.py"
 ATTENTION, SAMPLING = "tests/pallas_kernels/test_paged_attention.py", "tests/paxattn/test_sampling.py"
 
 
@@ -58,6 +59,23 @@ MUTANTS = (
     Mutant("NaN rows go on", "paxattn/decoding/step.py", "jnp.where(finite, ended, Finish.NOT_FINITE)", "ended", GENERATE),
     Mutant("noise is shared by rows", "paxattn/decoding/sampling.py", "noise(sampling.key, known)", "noise(jnp.broadcast_to(sampling.key[0], sampling.key.shape), known)", SAMPLING),
     Mutant("top-k keeps one too few", "paxattn/decoding/sampling.py", "k.astype(jnp.float32)", "(k - 1).astype(jnp.float32)", SAMPLING),
+    Mutant("the request at the back stays, the front is preempted", "paxattn/serving/service.py", 'ahead = rank < rank[:, None]', 'ahead = rank > rank[:, None]', SERVING),
+    Mutant("preempted rows keep their blocks", "paxattn/serving/service.py", 'cache = Cache(free(service.cache.table, rows), service.cache.layers)', 'cache = service.cache', SERVING),
+    Mutant("preemption forgets the answer", "paxattn/serving/service.py", 'preemptions = queue.preemptions.at[', 'queue = dataclasses.replace(queue, known=queue.known.at[jnp.where(rows, service.line, queue.size)].set(1, mode="drop"))\n    preemptions = queue.preemptions.at[', SERVING),
+    Mutant("nobody is preempted", "paxattn/serving/service.py", 'return jnp.where(stays, count, 0), service.seated & ~stays', 'return count, service.seated & False', SERVING),
+    Mutant("admission overtakes", "paxattn/serving/service.py", 'fits = waiting & (place < jnp.sum(~seated)) & (promised <= capacity(table))', 'fits = waiting & (place < jnp.sum(~seated)) & (now[order] <= capacity(table))', SERVING),
+    Mutant("promised blocks are given away", "paxattn/serving/service.py", 'taken = jnp.sum(jnp.where(seated, blocks[service.line], 0))', 'taken = 0', SERVING),
+    Mutant("the watermark is not kept", "paxattn/serving/service.py", 'promised = total(now) + jnp.minimum(reserve, total(end - now))', 'promised = total(now)', SERVING),
+    Mutant("requests are admitted before they arrive", "paxattn/serving/service.py", 'self.queue.unfinished & ~on_row & (self.queue.times.arrival <= self.now)', 'self.queue.unfinished & ~on_row', SERVING),
+    Mutant("a seated request is seated twice", "paxattn/serving/service.py", 'self.queue.unfinished & ~on_row &', 'self.queue.unfinished &', SERVING),
+    Mutant("ended requests keep their row", "paxattn/serving/service.py", 'line=jnp.where(state.running, service.line, queue.size)', 'line=service.line', SERVING),
+    Mutant("prompts crowd out decoding rows", "paxattn/serving/service.py", 'count = singles + jnp.clip(budget - jnp.sum(singles) - before(prompts), 0, prompts)', 'count = jnp.clip(budget - before(pending), 0, pending)', SERVING),
+    Mutant("idle time is waited out", "paxattn/serving/service.py", 'jnp.where(idle, jnp.maximum(service.now, arrival), service.now)', 'service.now', SERVING),
+    Mutant("what can never fit is let in", "paxattn/serving/queue.py", ' & (limit - 1 <= most)', '', SERVING),
+    Mutant("a row reads its own line", "paxattn/decoding/step.py", 'state.tokens[state.line[plan.row], plan.position]', 'state.tokens[plan.row, plan.position]', SERVING),
+    Mutant("cancelled requests keep their row", "paxattn/serving/service.py", 'rows = lines[service.line] & service.seated', 'rows = service.seated & False', ENGINE),
+    Mutant("a line is given away too early", "paxattn/serving/engine.py", '[None if answer in leaving else answer for answer in self._lines]', '[None if a is None or a.finish_reason is not None else a for a in self._lines]', ENGINE),
+    Mutant("the penalty looks at another line", "paxattn/decoding/sampling.py", 'tokens if line is None else tokens[line]', 'tokens[: logits.shape[0]]', SERVING),
 )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from paxattn.serving import trace as tracing
 from paxattn.serving.loop import most, open_service, results, run
 from paxattn.serving.policy import first_come, highest_priority, ranked, shortest_prompt
 from paxattn.serving.queue import put
-from paxattn.serving.service import admit
+from paxattn.serving.service import admit, choose
 from tests.toys import VOCAB, Chain, Toy, prompts, tokens_of
 
 TOY, CHAIN = Toy.create(), Chain(jnp.int32(7))
@@ -24,6 +24,7 @@ LINES, ROWS, MODEL_LEN, NEW = len(LENGTHS), 3, 64, 12
 IDS, LENGTH = prompts(LENGTHS)
 KEYS = jax.random.split(jax.random.key(3), LINES)
 TEMPERATURE = np.arange(LINES) % 2 * 0.9  # every second request samples
+PENALTY = 1 + np.arange(LINES) % 3 * 0.4
 
 SETTINGS = {  # shapes and policies are compiled: a few are drawn from
     "first": {"block_size": 3, "num_blocks": 41, "budget": 7, "policy": pax.Policy()},
@@ -34,17 +35,22 @@ SETTINGS = {  # shapes and policies are compiled: a few are drawn from
 
 
 def requests(**options):
-    given = {"max_new_tokens": NEW, "temperature": TEMPERATURE, "key": KEYS, **options}
+    given = {"max_new_tokens": NEW, "temperature": TEMPERATURE, "repetition_penalty": PENALTY, "key": KEYS, **options}
     return pax.Requests.create(IDS, LENGTH, **given)
 
 
 @functools.cache
 def alone():
     """The tokens of each request when it is all there is."""
-    run = jax.jit(lambda ids, n, t, k: pax.generate(TOY, ids, n, max_new_tokens=NEW, max_model_len=64, temperature=t,
-                                                    key=k))  # fmt: skip
-    rows = [slice(r, r + 1) for r in range(LINES)]
-    return [tokens_of(run(IDS[r], LENGTH[r], jnp.float32(TEMPERATURE[r]), KEYS[r]))[0] for r in rows]
+
+    @jax.jit
+    def run(r):
+        knobs = {"temperature": TEMPERATURE, "repetition_penalty": PENALTY, "key": KEYS}
+        knobs = {name: jnp.asarray(value)[r] for name, value in knobs.items()}
+        ids, length = jax.lax.dynamic_slice_in_dim(IDS, r[0], 1), LENGTH[r]
+        return pax.generate(TOY, ids, length, max_new_tokens=NEW, max_model_len=MODEL_LEN, **knobs)
+
+    return [tokens_of(run(jnp.array([r])))[0] for r in range(LINES)]
 
 
 def opened(block_size, num_blocks, **options):
@@ -245,6 +251,17 @@ def test_ties_go_by_arrival_then_by_submission():
     assert ranked(queue, highest_priority).tolist() == [9, 1, 2, 0, 8, 7, 6, 5, 4, 3]
     assert ranked(queue, first_come).tolist() == [9, 8, 7, 6, 5, 4, 3, 1, 2, 0]
     assert ranked(queue, shortest_prompt).tolist() == sorted(range(LINES), key=lambda r: LENGTHS[r])
+
+
+def test_decoding_rows_feed_first_then_prompts_in_order():
+    service = enter(opened(3, 41), requests(), jnp.arange(LINES))
+    table = dataclasses.replace(service.cache.table, length=jnp.array([1, 0, 0]))  # the prompt of 2 is nearly fed
+    service = dataclasses.replace(service, line=jnp.array([8, 4, 3]), cache=pax.Cache(table, service.cache.layers))
+    count, out = choose(service, jnp.arange(LINES), 7)
+    assert count.tolist() == [1, 0, 6]
+    assert not out.any()
+    count, _ = choose(service, jnp.arange(LINES)[::-1], 60)
+    assert count.tolist() == [1, 40, 17]
 
 
 @pytest.mark.parametrize(("watermark", "seated"), [(0.2, [0, 1]), (0.3, [0, LINES])])
