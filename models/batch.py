@@ -4,7 +4,8 @@ State (device) --Batch.outputs--> [Output(text, token_ids, finish_reason, logpro
 """
 
 import dataclasses
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -66,11 +67,11 @@ class Batch:
             outputs.append(self.output(prompt, tokens, logprobs[row, len(prompt) :], reason))
         return outputs
 
-    def output(self, prompt: list[int], tokens: list[int], logprobs: Sequence[float], reason: str) -> Output:
+    def output(self, prompt: list[int], tokens: list[int], logprobs: Iterable[float], reason: str) -> Output:
         """One answer, cut where a stop string ends it."""
         text, stopped, kept = self._cut(tokens)
         reason = pax.Finish.STOP.label if stopped else reason
-        return Output(prompt, tokens[:kept], text, reason, [float(p) for p in logprobs[:kept]])
+        return Output(prompt, tokens[:kept], text, reason, [float(p) for p in itertools.islice(logprobs, kept)])
 
     def has_stop(self, tokens: list[int]) -> bool:
         """Whether the text of an answer holds a stop string."""

@@ -193,7 +193,7 @@ class Engine:
                 yield answer.token_ids[sent]
                 sent += 1
 
-    def metrics(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, int | float]:
         """Counts so far, the state after the latest chunk, and medians over requests that have ended, in seconds."""
         firsts = [a.first_token - a.submitted for a in self._ended if a.first_token is not None]
         spans = [

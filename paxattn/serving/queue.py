@@ -118,9 +118,7 @@ class Queue:
         return self.finish == Finish.RUNNING
 
 
-def put(
-    queue: Queue, requests: Requests, line: Int32[Array, "n"], ticket: Int32[Array, "n"], most: Int32[Array, ""]
-) -> Queue:
+def put(queue: Queue, requests: Requests, line: Int32[Array, "n"], ticket: Int32[Array, "n"], most: int) -> Queue:
     """Writes n requests into lines whose own request has ended.
 
     Args:

@@ -271,7 +271,9 @@ def test_admission_leaves_the_watermark_free(watermark, seated):
     asked = pax.Requests.create(IDS, jnp.full(LINES, 16), max_new_tokens=20)
     line = jnp.arange(LINES)
     service = dataclasses.replace(service, queue=put(service.queue, asked, line, line, most(service)))
-    assert admit(service, line, jnp.float32(watermark)).line.tolist() == seated
+    first = admit(service, line, jnp.float32(watermark))
+    assert first.line.tolist() == seated
+    assert admit(first, line, jnp.float32(watermark)).line.tolist() == seated, "what is promised to a row counts"
     assert admit(service, line[::-1], jnp.float32(0.3)).line.tolist() == [LINES - 1, LINES]
 
 
