@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import record
-from shapes import CONFIGS
 
 import models
 import paxattn as pax
+from models.shapes import CONFIGS
 
 VLLM = {  # (model, rows, prompt): prefill tokens a second, ms a step; vLLM 0.24, H100 80GB, random weights
     ("8B", 1, 128): (12_318, 6.504),

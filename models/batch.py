@@ -4,12 +4,14 @@ State (device) --Batch.outputs--> [Output(text, token_ids, finish_reason, logpro
 """
 
 import dataclasses
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 import paxattn as pax
 from models.tokenizer import Tokenizer
+from paxattn.serving.service import Service
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Batch:
         """Running rows whose text holds a stop string."""
         if not self.stop_strings:
             return np.zeros(len(self.prompts), bool)
-        return np.array([self._cut(tokens)[1] for tokens in self.new_tokens(state)])
+        return np.array([self.has_stop(tokens) for tokens in self.new_tokens(state)])
 
     def outputs(self, state: pax.State) -> list[Output]:
         """The answers so far."""
@@ -61,13 +63,21 @@ class Batch:
         logprobs = np.asarray(state.logprobs)
         outputs = []
         for row, (prompt, tokens) in enumerate(zip(self.prompts, self.new_tokens(state), strict=True)):
-            text, stopped, kept = self._cut(tokens)
-            chosen = logprobs[row, len(prompt) : len(prompt) + kept]
-            reason = pax.Finish.STOP if stopped else pax.Finish(int(reasons[row]))
-            outputs.append(Output(prompt, tokens[:kept], text, reason.label, [float(p) for p in chosen]))
+            reason = pax.Finish(int(reasons[row])).label
+            outputs.append(self.output(prompt, tokens, logprobs[row, len(prompt) :], reason))
         return outputs
 
-    def stats(self, state: pax.State) -> dict[str, int]:
+    def output(self, prompt: list[int], tokens: list[int], logprobs: Iterable[float], reason: str) -> Output:
+        """One answer, cut where a stop string ends it."""
+        text, stopped, kept = self._cut(tokens)
+        reason = pax.Finish.STOP.label if stopped else reason
+        return Output(prompt, tokens[:kept], text, reason, [float(p) for p in itertools.islice(logprobs, kept)])
+
+    def has_stop(self, tokens: list[int]) -> bool:
+        """Whether the text of an answer holds a stop string."""
+        return self._cut(tokens)[1]
+
+    def stats(self, state: pax.State | Service) -> dict[str, int]:
         """The run's counters, and what a cache without paging would have reserved."""
         table, stats = state.cache.table, state.stats
         counted = {f.name: int(getattr(stats, f.name)) for f in dataclasses.fields(stats)}

@@ -1,8 +1,9 @@
-"""The `paxattn` command: generate, inspect, convert.
+"""The `paxattn` command: generate, inspect, convert, serve-bench.
 
     paxattn generate "The capital of France is" --no-chat       text, or --json
     paxattn inspect  smollm2-135m                               what is in a checkpoint, how many blocks fit
     paxattn convert  smollm2-135m my-checkpoint                 to Orbax, with a checked manifest
+    paxattn serve-bench --shapes tiny                           more requests than rows: tokens a second
 
 Errors of the user's making end with one line and exit code 2; Ctrl-C ends with exit code 130.
 """
@@ -15,6 +16,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from models import serve_bench
+
 EXAMPLES = """examples:
   paxattn generate "What is a page table?" "Write a haiku about memory."
   paxattn generate "The capital of France is" --no-chat --max-new-tokens 30 --json
@@ -23,6 +26,7 @@ EXAMPLES = """examples:
   paxattn generate "Once upon a time" --no-chat --stream --block-size 1
   paxattn inspect smollm2-135m
   paxattn convert smollm2-135m ./smollm2-orbax
+  paxattn serve-bench --shapes tiny --requests 64 --max-num-seqs 16 --num-blocks 800 --json
 """
 
 
@@ -113,6 +117,8 @@ def parser() -> argparse.ArgumentParser:
     convert.add_argument("source", metavar="SRC")
     convert.add_argument("target", metavar="DST", type=Path)
     add_dtype(convert)
+
+    serve_bench.add_arguments(command("serve-bench", "Serve a workload of requests and say how fast it went."))
     return top
 
 
@@ -120,7 +126,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
     options = parser().parse_args(argv)
     try:
-        return {"generate": _generate, "inspect": _inspect, "convert": _convert}[options.command](options)
+        commands = {"generate": _generate, "inspect": _inspect, "convert": _convert, "serve-bench": serve_bench.main}
+        return commands[options.command](options)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130

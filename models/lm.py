@@ -20,10 +20,14 @@ import numpy as np
 import paxattn as pax
 from models.batch import Batch, Run, bucket, eos_set, merge
 from models.llama import Llama
+from models.many import answer_many
 from models.tokenizer import Detokenizer, Tokenizer
 from paxattn.decoding.generate import MAX_NUM_BATCHED_TOKENS
 
 Prompt = str | Sequence[int]
+
+MAX_NUM_SEQS = 64
+"""Rows of a batch, by default."""
 
 _advance = jax.jit(pax.advance, static_argnames=("budget", "attention"), donate_argnames="state")
 _stop = jax.jit(pax.stop, donate_argnums=0)
@@ -53,16 +57,16 @@ class LM:
         chat = self.tokenizer.has_chat_template if chat is None else chat
         return self.tokenizer.encode_chat(prompt) if chat else self.tokenizer.encode(prompt)
 
-    def generate(
-        self, prompts: Sequence[Prompt], *, watch: Callable[[pax.State], None] | None = None, **options: Any
-    ) -> Run:
-        """Answers prompts in batches of `max_num_seqs` rows.
+    def generate(self, prompts: Sequence[Prompt], *, watch: Callable[[Any], None] | None = None, **options: Any) -> Run:
+        """Answers prompts: in one batch, or through the engine where there are more than `max_num_seqs`.
 
         Args:
           prompts: texts, or token ids.
-          watch: called on the host with each state that `batches` yields; see its `steps`.
+          watch: called on the host with each state, of the batch or of the engine, that it sees; see `steps`.
           **options: see `batches`.
         """
+        if len(prompts) > options.get("max_num_seqs", MAX_NUM_SEQS):
+            return self._generate_many(prompts, watch, **options)
         outputs, stats = [], {}
         for state, batch in self.batches(prompts, **options):
             if watch is not None:
@@ -71,6 +75,50 @@ class LM:
                 outputs += batch.outputs(state)
                 stats = merge(stats, batch.stats(state))
         return Run(outputs, stats)
+
+    def _generate_many(
+        self,
+        prompts: Sequence[Prompt],
+        watch: Callable[[Any], None] | None,
+        *,
+        chat: bool | None = None,
+        max_new_tokens: int = 64,
+        stop_strings: Sequence[str] = (),
+        eos_token_id: int | Sequence[int] | None = None,
+        max_num_seqs: int = MAX_NUM_SEQS,
+        steps: int | None = None,
+        **options: Any,
+    ) -> Run:
+        encoded = self._encode_all(prompts, chat, max_new_tokens, max_num_seqs, stop_strings, steps)
+        eos = self.model.config.eos_token_id if eos_token_id is None else eos_token_id
+        batch = Batch(self.tokenizer, encoded, max_new_tokens, tuple(stop_strings), eos_set(eos))
+        defaults = {"seed": 0, "block_size": 16, "num_blocks": None, "attention": "auto"}
+        defaults |= {"max_num_batched_tokens": MAX_NUM_BATCHED_TOKENS, "steps": steps or 8}
+        options = defaults | options
+        return answer_many(self.model, batch, eos_token_id=eos, max_num_seqs=max_num_seqs, watch=watch, **options)
+
+    def _encode_all(self, prompts, chat, max_new_tokens, max_num_seqs, stop_strings, steps) -> list[list[int]]:
+        """Token ids of all prompts; refuses what no batch could answer."""
+        encoded = [self.encode(prompt, chat=chat) for prompt in prompts]
+        if not encoded:
+            raise ValueError("no prompt was given; at least one is needed.")
+        for i, ids in enumerate(encoded):
+            if not ids:
+                raise ValueError(f"prompt {i} is empty; give at least one token.")
+        if max_num_seqs < 1:
+            raise ValueError(f"max_num_seqs is {max_num_seqs}, must be at least 1.")
+        if stop_strings and self.tokenizer is None:
+            raise ValueError(f"{self.name} has no tokenizer, so stop_strings cannot be seen.")
+        longest = max(map(len, encoded)) + max_new_tokens
+        limit = self.model.config.max_position_embeddings
+        if longest > limit:
+            raise ValueError(
+                f"prompt + max_new_tokens is {longest} tokens, the model was made for max_position_embeddings = "
+                f"{limit}; shorten the prompt or ask for fewer."
+            )
+        if steps is not None and steps < 1:
+            raise ValueError(f"steps is {steps}, must be at least 1.")
+        return encoded
 
     def stream(self, prompt: Prompt, *, steps: int = 4, **options: Any) -> Iterator[str]:
         """Yields the answer to one prompt in pieces as it grows; their concatenation is the whole text."""
@@ -121,7 +169,7 @@ class LM:
         eos_token_id: int | Sequence[int] | None = None,
         block_size: int = 16,
         num_blocks: int | None = None,
-        max_num_seqs: int = 64,
+        max_num_seqs: int = MAX_NUM_SEQS,
         max_num_batched_tokens: int = MAX_NUM_BATCHED_TOKENS,
         attention: str = "auto",
         steps: int | None = None,
@@ -144,25 +192,7 @@ class LM:
           steps: yield each this many steps; by default only at the end (8 where there are stop strings).
           **sampling: temperature, top_k, top_p, min_p, repetition_penalty.
         """
-        encoded = [self.encode(prompt, chat=chat) for prompt in prompts]
-        if not encoded:
-            raise ValueError("no prompt was given; at least one is needed.")
-        for i, ids in enumerate(encoded):
-            if not ids:
-                raise ValueError(f"prompt {i} is empty; give at least one token.")
-        if max_num_seqs < 1:
-            raise ValueError(f"max_num_seqs is {max_num_seqs}, must be at least 1.")
-        if stop_strings and self.tokenizer is None:
-            raise ValueError(f"{self.name} has no tokenizer, so stop_strings cannot be seen.")
-        longest = max(map(len, encoded)) + max_new_tokens
-        limit = self.model.config.max_position_embeddings
-        if longest > limit:
-            raise ValueError(
-                f"prompt + max_new_tokens is {longest} tokens, the model was made for max_position_embeddings = "
-                f"{limit}; shorten the prompt or ask for fewer."
-            )
-        if steps is not None and steps < 1:
-            raise ValueError(f"steps is {steps}, must be at least 1.")
+        encoded = self._encode_all(prompts, chat, max_new_tokens, max_num_seqs, stop_strings, steps)
         eos = self.model.config.eos_token_id if eos_token_id is None else eos_token_id
         steps = 8 if stop_strings and steps is None else steps
         key = jax.random.key(seed)

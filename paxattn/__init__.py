@@ -3,6 +3,7 @@
 import paxattn as pax
 
 pax.generate(model, prompt_ids, prompt_length, max_new_tokens=64)      the whole flow
+pax.serve(model, requests, max_num_seqs=8), pax.Engine                 more requests than rows
 pax.append, fork, truncate, free                                       the verbs it is made of
 pax.paged_attention                                                    the kernel underneath
 """
@@ -16,12 +17,17 @@ from paxattn.decoding.model import Model
 from paxattn.decoding.sampling import Sampling
 from paxattn.decoding.step import Finish, State, Stats, advance, step, stop
 from paxattn.pages import PageTable, append, fork, free, locate, truncate, violations
+from paxattn.serving.engine import Answer, Engine
+from paxattn.serving.loop import Served, serve
+from paxattn.serving.policy import Policy
+from paxattn.serving.queue import Requests
 from paxattn.status import PagingError, Status, check
 from paxattn.version import __version__
 
 __all__ = [  # noqa: RUF022 - in the order that a newcomer meets them
     "generate", "Generation", "Finish", "Model", "Sampling",
     "start", "advance", "step", "stop", "finish", "State", "Stats", "prefill_budget",
+    "serve", "Requests", "Served", "Policy", "Engine", "Answer",
     "Cache", "CacheSpec", "KV", "Plan", "extend", "write", "view", "attend", "paged_attention",
     "PageTable", "append", "fork", "truncate", "free", "locate", "violations",
     "Blocks", "allocate", "retain", "release", "NULL",

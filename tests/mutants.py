@@ -19,6 +19,7 @@ from typing import NamedTuple
 from tests.paths import ROOT
 
 PAGES, GENERATE = "tests/paxattn/test_pages.py", "tests/paxattn/test_generate.py"
+SERVING, ENGINE = "tests/paxattn/test_serving.py", "tests/paxattn/test_engine.py"
 ATTENTION, SAMPLING = "tests/pallas_kernels/test_paged_attention.py", "tests/paxattn/test_sampling.py"
 
 
@@ -58,6 +59,22 @@ MUTANTS = (
     Mutant("NaN rows go on", "paxattn/decoding/step.py", "jnp.where(finite, ended, Finish.NOT_FINITE)", "ended", GENERATE),
     Mutant("noise is shared by rows", "paxattn/decoding/sampling.py", "noise(sampling.key, known)", "noise(jnp.broadcast_to(sampling.key[0], sampling.key.shape), known)", SAMPLING),
     Mutant("top-k keeps one too few", "paxattn/decoding/sampling.py", "k.astype(jnp.float32)", "(k - 1).astype(jnp.float32)", SAMPLING),
+    Mutant("the request at the back stays, the front is preempted", "paxattn/serving/service.py", 'ahead = rank < rank[:, None]', 'ahead = rank > rank[:, None]', SERVING + "::test_the_oldest_request_is_never_preempted_and_moves_in_every_step"),
+    Mutant("preempted rows keep their blocks", "paxattn/serving/service.py", 'cache = Cache(free(service.cache.table, rows), service.cache.layers)', 'cache = service.cache', SERVING + "::test_the_oldest_request_is_never_preempted_and_moves_in_every_step"),
+    Mutant("preemption forgets the answer", "paxattn/serving/service.py", 'preemptions = queue.preemptions.at[', 'queue = dataclasses.replace(queue, known=queue.known.at[jnp.where(rows, service.line, queue.size)].set(1, mode="drop"))\n    preemptions = queue.preemptions.at[', SERVING + "::test_the_oldest_request_is_never_preempted_and_moves_in_every_step"),
+    Mutant("nobody is preempted", "paxattn/serving/service.py", 'return jnp.where(stays, count, 0), service.seated & ~stays', 'return count, service.seated & False', SERVING + "::test_the_oldest_request_is_never_preempted_and_moves_in_every_step"),
+    Mutant("admission overtakes", "paxattn/serving/service.py", 'fits = waiting & (place < jnp.sum(~seated)) & (promised <= capacity(table))', 'fits = waiting & (place < jnp.sum(~seated)) & (now[order] <= capacity(table))', SERVING + "::test_admission_leaves_the_watermark_free"),
+    Mutant("promised blocks are given away", "paxattn/serving/service.py", 'taken = jnp.sum(jnp.where(seated, blocks[service.line], 0))', 'taken = 0', SERVING + "::test_admission_leaves_the_watermark_free"),
+    Mutant("the watermark is not kept", "paxattn/serving/service.py", 'promised = total(now) + jnp.minimum(reserve, total(end - now))', 'promised = total(now)', SERVING + "::test_admission_leaves_the_watermark_free"),
+    Mutant("requests are admitted before they arrive", "paxattn/serving/service.py", 'self.queue.unfinished & ~on_row & (self.queue.times.arrival <= self.now)', 'self.queue.unfinished & ~on_row', SERVING + "::test_who_sits_where_and_when_is_unobservable"),
+    Mutant("a seated request is seated twice", "paxattn/serving/service.py", 'self.queue.unfinished & ~on_row &', 'self.queue.unfinished &', SERVING + "::test_the_oldest_request_is_never_preempted_and_moves_in_every_step"),
+    Mutant("ended requests keep their row", "paxattn/serving/service.py", 'line=jnp.where(state.running, service.line, queue.size)', 'line=service.line', SERVING + "::test_the_oldest_request_is_never_preempted_and_moves_in_every_step"),
+    Mutant("prompts crowd out decoding rows", "paxattn/serving/service.py", 'count = singles + jnp.clip(budget - jnp.sum(singles) - before(prompts), 0, prompts)', 'count = jnp.clip(budget - before(pending), 0, pending)', SERVING + "::test_decoding_rows_feed_first_then_prompts_in_order"),
+    Mutant("idle time is waited out", "paxattn/serving/service.py", 'jnp.where(idle, jnp.maximum(service.now, arrival), service.now)', 'service.now', SERVING + "::test_all_end_in_one_iteration_and_idle_time_is_skipped"),
+    Mutant("a row reads its own line", "paxattn/decoding/step.py", 'state.tokens[state.line[plan.row], plan.position]', 'state.tokens[plan.row, plan.position]', SERVING + "::test_the_oldest_request_is_never_preempted_and_moves_in_every_step"),
+    Mutant("cancelled requests keep their row", "paxattn/serving/service.py", 'rows = lines[service.line] & service.seated', 'rows = service.seated & False', ENGINE + "::test_cancel_anywhere"),
+    Mutant("a line is given away too early", "paxattn/serving/engine.py", '[None if answer in leaving else answer for answer in self._lines]', '[None if a is None or a.finish_reason is not None else a for a in self._lines]', ENGINE + "::test_a_line_is_not_given_away_while_its_cancelled_request_still_sits"),
+    Mutant("the penalty looks at another line", "paxattn/decoding/sampling.py", 'tokens if line is None else tokens[line]', 'tokens[: logits.shape[0]]', SERVING + "::test_the_oldest_request_is_never_preempted_and_moves_in_every_step"),
 )  # fmt: skip
 
 

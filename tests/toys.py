@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import paxattn as pax
 from paxattn.typing import struct
@@ -43,6 +44,60 @@ class Toy:
 
     def logits(self, hidden):
         return hidden @ self.head
+
+
+CHAIN = np.uint32(0x9E3779B1)
+
+
+@struct
+class Chain:
+    """The next token is a hash of all tokens so far, kept as a running sum in the cache: a cheap model for long runs.
+
+    A step adds to what it finds in the row's last slot, so a request on another's blocks, or fed twice, shows.
+    """
+
+    salt: jax.Array
+
+    vocab_size = VOCAB
+    cache_spec = pax.CacheSpec(1, 1, 1, jnp.int32)
+
+    def __call__(self, tokens, plan, layers):
+        (kv,) = layers
+        mixed = mix(tokens, plan.position, self.salt)
+        total = jnp.cumsum(jnp.where(plan.live, mixed, 0))
+        first = plan.query_start[plan.row]
+        before = plan.position[first] - 1
+        block = plan.pages[plan.row, jnp.maximum(before, 0) // kv.k.shape[2]]
+        found = jnp.where(before >= 0, kv.k[block, 0, before % kv.k.shape[2], 0], 0)
+        total = total - (total - jnp.where(plan.live, mixed, 0))[first] + found
+        kv = pax.write(kv, plan, total[:, None, None], total[:, None, None])
+        return total[:, None], (kv,)
+
+    def logits(self, hidden):
+        return jax.nn.one_hot(scramble(hidden[:, 0]) % VOCAB, VOCAB)
+
+    def answer(self, prompt, new):
+        """The tokens that `new` steps of this model give, in plain numpy."""
+        prompt, salt = np.asarray(prompt, np.int32), np.asarray(self.salt)
+        total, tokens = mix(prompt, np.arange(len(prompt), dtype=np.int32), salt).sum(dtype=np.int32), []
+        with np.errstate(over="ignore"):
+            for at in range(len(prompt), len(prompt) + new):
+                tokens.append(int(scramble(total) % VOCAB))
+                total = total + mix(np.int32(tokens[-1]), np.int32(at), salt)
+        return tokens
+
+
+def scramble(x):
+    """A hash of int32 in 32 bits, the same in numpy and JAX."""
+    with np.errstate(over="ignore"):
+        x = x.astype(np.uint32) * CHAIN
+        x = (x ^ (x >> np.uint32(15))) * CHAIN
+        return x ^ (x >> np.uint32(13))
+
+
+def mix(token, position, salt):
+    """What a token at a position adds to the sum."""
+    return scramble(token * np.int32(65599) + position * np.int32(31) + salt).astype(np.int32)
 
 
 def prompts(lengths, width=None, seed=1):

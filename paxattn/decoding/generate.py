@@ -80,7 +80,7 @@ def generate(
         **options,
     )
     budget = prefill_budget(prompt_ids.shape, max_num_batched_tokens)
-    width = state.tokens.shape[1] - 1 if _is_traced(max_new_tokens) else int(np.max(max_new_tokens))
+    width = state.tokens.shape[1] - 1 if is_traced(max_new_tokens) else int(np.max(max_new_tokens))
     return finish(advance(model, state, budget=budget, attention=attention), width=width)
 
 
@@ -111,10 +111,10 @@ def start(
     """
     rows, width = prompt_ids.shape
     if max_model_len is None:
-        if _is_traced(max_new_tokens):
+        if is_traced(max_new_tokens):
             raise ValueError("max_new_tokens is traced, so it cannot size the page table: pass max_model_len.")
         max_model_len = width + int(np.max(max_new_tokens))
-    _check(model, prompt_ids, prompt_length, max_new_tokens, max_model_len, block_size, num_blocks, sampling)
+    check_prompts(model, prompt_ids, prompt_length, max_new_tokens, max_model_len, block_size, num_blocks, sampling)
     if num_blocks is None:
         num_blocks = 1 + rows * -(-max_model_len // block_size)
     cache = Cache.create(
@@ -130,6 +130,7 @@ def start(
         cache=cache,
         tokens=tokens.at[:, :width].set(prompt_ids),
         logprobs=jnp.zeros(tokens.shape, jnp.float32),
+        line=jnp.arange(rows),
         known=jnp.array(prompt_length),
         prompt_length=prompt_length,
         limit=prompt_length + jnp.asarray(max_new_tokens, jnp.int32),
@@ -143,22 +144,23 @@ def start(
 
 def finish(state: State, *, width: int) -> Generation:
     """The new tokens of each row, cut to `width` columns, and everything that was counted."""
-    at = state.prompt_length[:, None] + jnp.arange(width)
-    new = at < state.known[:, None]
-    at = jnp.minimum(at, state.tokens.shape[1] - 1)
-
-    def taken(buffer):
-        return jnp.where(new, jnp.take_along_axis(buffer, at, axis=1), 0)
-
     return Generation(
-        token_ids=taken(state.tokens),
-        logprobs=taken(state.logprobs),
+        token_ids=new_tokens(state.tokens, state.prompt_length, state.known, width),
+        logprobs=new_tokens(state.logprobs, state.prompt_length, state.known, width),
         length=state.known - state.prompt_length,
         finish_reason=state.finish,
         status=state.status,
         stats=state.stats,
         cache=state.cache,
     )
+
+
+def new_tokens(buffer: Array, prompt_length: Int32[Array, "R"], known: Int32[Array, "R"], width: int) -> Array:
+    """What stands in each line of a buffer [R, M] between its prompt and its end: [R, width], 0 past it."""
+    at = prompt_length[:, None] + jnp.arange(width)
+    new = at < known[:, None]
+    at = jnp.minimum(at, buffer.shape[1] - 1)
+    return jnp.where(new, jnp.take_along_axis(buffer, at, axis=1), 0)
 
 
 def prefill_budget(prompt_shape: tuple[int, ...], max_num_batched_tokens: int) -> int:
@@ -170,15 +172,18 @@ def prefill_budget(prompt_shape: tuple[int, ...], max_num_batched_tokens: int) -
     return -(-tokens // steps)
 
 
-def _is_traced(value) -> bool:
+def is_traced(value) -> bool:
+    """Whether a value is known only when the program runs."""
     return isinstance(value, jax.core.Tracer)
 
 
-def _check(model, prompt_ids, prompt_length, max_new_tokens, max_model_len, block_size, num_blocks, sampling) -> None:
+def check_prompts(
+    model, prompt_ids, prompt_length, max_new_tokens, max_model_len, block_size, num_blocks, sampling
+) -> None:
     """Refuses what can be seen to be wrong on the host; traced values are the caller's own responsibility."""
 
     def require(value, name: str, good, limit: str) -> None:
-        if value is None or _is_traced(value):
+        if value is None or is_traced(value):
             return
         values = np.atleast_1d(np.asarray(value))
         bad = ~good(values)
@@ -209,10 +214,10 @@ def _check(model, prompt_ids, prompt_length, max_new_tokens, max_model_len, bloc
         raise ValueError(f"unknown options {', '.join(unknown)}; sampling takes {', '.join((*knobs, 'key'))}.")
     for name, (good, limit) in knobs.items():
         require(sampling.get(name), name, good, limit)
-    if _is_traced(prompt_length):
+    if is_traced(prompt_length):
         return
     lengths = np.asarray(prompt_length)
-    if not _is_traced(prompt_ids):
+    if not is_traced(prompt_ids):
         ids = np.asarray(prompt_ids)[np.arange(width) < lengths[:, None]]
         require(
             ids,
@@ -220,7 +225,7 @@ def _check(model, prompt_ids, prompt_length, max_new_tokens, max_model_len, bloc
             lambda x: (x >= 0) & (x < model.vocab_size),
             f"ids are in [0, {model.vocab_size}).",
         )
-    if not _is_traced(max_new_tokens):
+    if not is_traced(max_new_tokens):
         limit = f"a row holds max_model_len = {max_model_len} tokens; shorten the prompt or raise max_model_len."
         require(
             lengths + np.asarray(max_new_tokens),

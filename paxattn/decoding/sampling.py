@@ -61,8 +61,9 @@ class Sampling:
 def pick(
     logits: Float32[Array, "B V"],
     sampling: Sampling,
-    tokens: Int32[Array, "B M"],
+    tokens: Int32[Array, "R M"],
     known: Int32[Array, "B"],
+    line: Int32[Array, "B"] | None = None,
     *,
     greedy: bool = False,
 ) -> tuple[Int32[Array, "B"], Float32[Array, "B"]]:
@@ -73,6 +74,7 @@ def pick(
       sampling: the knobs.
       tokens: prompt and generated tokens so far, for the repetition penalty.
       known: how many of `tokens` count; also the position that the new token takes.
+      line: which line of `tokens` is the row's; line b by default.
       greedy: True promises that no row uses a knob (`sampling.is_greedy`): none is looked at.
 
     Returns:
@@ -83,7 +85,7 @@ def pick(
     else:
         penalised = jax.lax.cond(
             jnp.any(sampling.repetition_penalty != 1),
-            lambda: _penalise(logits, sampling.repetition_penalty, tokens, known),
+            lambda: _penalise(logits, sampling.repetition_penalty, tokens if line is None else tokens[line], known),
             lambda: logits,
         )
         token = jax.lax.cond(

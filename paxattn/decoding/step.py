@@ -29,6 +29,7 @@ class Finish(enum.IntEnum):
     LENGTH = 2
     OUT_OF_BLOCKS = 3
     NOT_FINITE = 4  # NaN in the row's logits
+    CANCELLED = 5  # nobody waits for it any more
 
     @property
     def label(self) -> str:
@@ -56,11 +57,12 @@ class Stats:
 
 @struct
 class State:
-    """A batch in flight."""
+    """A batch in flight. Row b's text is line `line[b]` of the buffers: line b, unless a queue deals them out."""
 
     cache: Cache
-    tokens: Int32[Array, "B M"]
-    logprobs: Float32[Array, "B M"]
+    tokens: Int32[Array, "R M"]
+    logprobs: Float32[Array, "R M"]
+    line: Int32[Array, "B"]
     known: Int32[Array, "B"]
     prompt_length: Int32[Array, "B"]
     limit: Int32[Array, "B"]
@@ -103,26 +105,33 @@ def share(pending: Int32[Array, "B"], budget: int) -> Int32[Array, "B"]:
     return fed + deal(singles, budget - jnp.sum(fed))
 
 
-def step(model: Model, state: State, *, budget: int, attention: str = "auto", plain: bool = False) -> State:
-    """Feeds up to `budget` tokens, picks, retires, frees.
+def step(
+    model: Model,
+    state: State,
+    *,
+    budget: int,
+    count: Int32[Array, "B"] | None = None,
+    attention: str = "auto",
+    plain: bool = False,
+) -> State:
+    """Feeds up to `budget` tokens, `count[b]` of row b (as `share` deals them by default), picks, retires, frees.
 
     When blocks run out the rows still running end as OUT_OF_BLOCKS with what they have. `plain` promises that
     `state.is_plain`: what a step without sharing and sampling does not need is then left out of the program.
     """
     before = state.cache.table.blocks.num_used
-    count = share(state.pending, budget)
+    count = share(state.pending, budget) if count is None else count
     cache, plan, status = extend(state.cache, count, budget=budget, attention=attention, shared=not plain)
     ok = status == Status.OK
     held = cache.table.blocks.num_used
 
-    fed = jnp.where(plan.live, state.tokens[plan.row, plan.position], 0)
+    fed = jnp.where(plan.live, state.tokens[state.line[plan.row], plan.position], 0)
     hidden, layers = model(fed, plan, cache.layers)
     picks = ok & (count > 0) & (cache.table.length == state.known)
     logits = model.logits(hidden[plan.last])
-    token, logprob = pick(logits, state.sampling, state.tokens, state.known, greedy=plain)
+    token, logprob = pick(logits, state.sampling, state.tokens, state.known, state.line, greedy=plain)
     finite = ~jnp.isnan(logprob)
 
-    row = jnp.arange(state.known.size)
     column = jnp.where(picks & finite, state.known, state.tokens.shape[1])
     known = state.known + (picks & finite)
     finish = _finish(state, picks, finite, token, known, status)
@@ -140,8 +149,8 @@ def step(model: Model, state: State, *, budget: int, attention: str = "auto", pl
     return dataclasses.replace(
         state,
         cache=Cache(table, layers),
-        tokens=state.tokens.at[row, column].set(token, mode="drop"),
-        logprobs=state.logprobs.at[row, column].set(logprob, mode="drop"),
+        tokens=state.tokens.at[state.line, column].set(token, mode="drop"),
+        logprobs=state.logprobs.at[state.line, column].set(logprob, mode="drop"),
         known=known,
         finish=finish,
         status=jnp.where(state.status == Status.OK, status, state.status),

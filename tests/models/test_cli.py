@@ -48,6 +48,31 @@ def test_the_page_map_and_the_saving_are_shown(capsys):
     assert "% saved" in out
 
 
+def test_more_prompts_than_rows_go_through_the_engine(capsys, tmp_path):
+    expected = json.loads((GOLDEN / "tiny_llama" / "expected.json").read_text())
+    ids = [a for p in expected["prompts"] for a in ("--prompt-ids", ",".join(map(str, p)))]
+    code, out, err = run(
+        capsys, "generate", *ids, "--model", TINY, "--max-new-tokens", 6, "--max-num-seqs", 1, "--json"
+    )
+    assert code == 0
+    assert err == "", "no bar where nobody looks"
+    assert [o["token_ids"] for o in json.loads(out)["outputs"]] == [g[:6] for g in expected["greedy"]]
+    assert json.loads(out)["stats"]["preemptions"] == 0
+
+
+def test_serve_bench(capsys):
+    sizes = ("--requests", 9, "--low", 3, "--high", 20, "--max-num-seqs", 4, "--max-num-batched-tokens", 16)
+    code, out, _ = run(capsys, "serve-bench", "--model", TINY, *sizes, "--num-blocks", 7, "--json")
+    assert code == 0
+    facts = json.loads(out)
+    assert facts["requests"] == 9
+    assert facts["peak_blocks"] <= 6
+    assert 27 <= facts["output_tokens"] <= 180
+    assert facts["output_tokens_per_s"] == pytest.approx(facts["output_tokens"] / facts["seconds"])
+    assert facts["seconds"] == pytest.approx(facts["prompt_seconds"] + facts["decode_seconds"])
+    assert run(capsys, "serve-bench", "--shapes", "tiny", *sizes)[1].count("\n") == len(facts)
+
+
 def test_inspect(capsys):
     code, out, _ = run(capsys, "inspect", TINY, "--json")
     facts = json.loads(out)
@@ -66,6 +91,9 @@ def test_inspect(capsys):
         (["generate", "--prompt-ids", "1", "--model", TINY, "--block-size", "0"], "block_size is 0"),
         (["generate", "--prompt-ids", "1", "--model", TINY, "--attention", "flash"], "'flash' is unknown"),
         (["generate", "hello", "--model", TINY], "has no tokenizer"),
+        (["serve-bench", "--shapes", "tiny", "--low", "9", "--high", "3"], "9..3 tokens"),
+        (["serve-bench", "--shapes", "tiny", "--num-blocks", "20"], "the pool has 19 to hand out"),
+        (["serve-bench", "--shapes", "tiny", "--steps", "0"], "steps is 0"),
         (["generate", "a", "b", "--stream"], "--stream prints one answer"),
         (["generate", "--prompt-file", "/no/such/file"], "/no/such/file"),
     ],

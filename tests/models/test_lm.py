@@ -43,6 +43,19 @@ def test_more_prompts_than_rows_are_answered_in_order(lm, whole):
     assert run.stats["blocks_allocated"] == run.stats["blocks_freed"]
 
 
+def test_more_prompts_than_rows_are_answered_as_in_one_batch(lm):
+    """Sampled, cut by stop strings, through a pool that holds hardly two of them."""
+    prompts = [TEXT, "Water boils at", "Once", "The sky", "One two three"]
+    options = {"chat": False, "max_new_tokens": 12, "temperature": 0.8, "stop_strings": [" the"], "seed": 3}
+    together = lm.generate(prompts, **options)
+    few = lm.generate(prompts, max_num_seqs=2, block_size=4, num_blocks=13, **options)
+    assert [o.token_ids for o in few.outputs] == [o.token_ids for o in together.outputs]
+    assert [(o.text, o.finish_reason) for o in few.outputs] == [(o.text, o.finish_reason) for o in together.outputs]
+    assert few.stats["tokens_reserved_unpaged"] < together.stats["tokens_reserved_unpaged"]
+    with pytest.raises(ValueError, match="may need 5 blocks of 4 tokens; the pool has 4"):
+        lm.generate(prompts, max_num_seqs=2, block_size=4, num_blocks=5, **options)
+
+
 def test_sampling_follows_the_seed(lm):
     def draw(seed):
         return lm.generate([TEXT], chat=False, max_new_tokens=8, temperature=1.0, top_p=0.9, seed=seed).outputs

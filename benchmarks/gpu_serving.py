@@ -1,0 +1,133 @@
+"""Dynamic batching on a GPU: the serving workload against vLLM's measured rate, and the time split by phase.
+
+    whole   one call of the loop from the first admission to the last token       -> output tokens / s
+    split   the same in two calls: the steps that fed prompts, then the rest      -> seconds a phase
+
+256 requests at once, `random.Random(0)`, lengths uniform in 100..1024 each way, no end token, random weights, bf16.
+    python benchmarks/gpu_serving.py --save            python benchmarks/gpu_serving.py --tiny
+"""
+
+import argparse
+import gc
+import json
+
+import jax
+import record
+
+from models.llama import random_llama
+from models.serve_bench import Bench, workload
+from models.shapes import CONFIGS
+
+VLLM = {"8B": 8375.0, "1B": 32993.0, "135M": 27138.0}
+"""Output tokens a second: vLLM 0.24, one H100 80GB, lengths by the same rule, block 16, CUDA graphs, FA3."""
+BUDGET = {"8B": 2048, "1B": 8192, "135M": 8192, "tiny": 512}
+"""Token axis of a step with prompts: long where the matrix products of the model are small."""
+EVERYTHING = 2**30  # steps
+
+METHOD = """
+All requests are in the queue before the clock starts; the program is compiled ahead of time; one call serves everything
+and is timed on the host until its result is ready. The whole is repeated, median and samples are kept. Split: one more
+run in two calls, the first as long as the steps that fed prompts. Prompts are random ids, weights random, greedy.
+"""
+
+
+def blocks_for(bench_rows: int, high: int, block_size: int, bytes_per_block: int, share: float) -> int:
+    """Enough for all rows, or the given share of the memory that is free."""
+    enough = 1 + bench_rows * -(-2 * high // block_size)
+    stats = jax.devices()[0].memory_stats() or {}
+    if "bytes_limit" not in stats:
+        return enough
+    return min(enough, int(share * (stats["bytes_limit"] - stats["bytes_in_use"])) // bytes_per_block)
+
+
+def measure(name: str, options: argparse.Namespace, attention: str) -> dict:
+    """One model: compile, warm, repeat, split."""
+    config = CONFIGS[name]
+    make = jax.jit(lambda key: random_llama(config, key, options.dtype))
+    model = jax.block_until_ready(make(jax.random.key(0)))
+    requests = workload(options.requests, options.low, options.high, config.vocab_size)
+    block = model.cache_spec.bytes_per_token * options.block_size
+    blocks = blocks_for(options.requests, options.high, options.block_size, block, 0.85)
+    budget = options.max_num_batched_tokens or BUDGET[name]
+    bench = Bench(model, requests, options.requests, blocks, options.block_size, budget, attention, options.trace)
+    runs = []
+    for turn in range(1 + options.repeats):  # the first warms
+        service, spans = bench.measure([EVERYTHING])
+        figures = bench.figures(service, spans)
+        runs += [figures["seconds"]] if turn or not options.repeats else []
+        del service
+    seconds = record.summary(runs)
+    service, spans = bench.measure([figures["prefill_steps"], EVERYTHING])
+    (prompts, _), (decode, _) = spans if len(spans) == 2 else (spans[0], (0.0, 0))
+    rate, peer = figures["output_tokens"] / seconds["median"], VLLM.get(name)
+    line = {
+        "model": name,
+        "seconds": seconds,
+        "output_tokens": figures["output_tokens"],
+        "output_tokens_per_s": rate,
+        "vllm_output_tokens_per_s": peer,
+        "times_vllm": rate / peer if peer else None,
+        "preemptions": figures["preemptions"],
+        "peak_blocks": figures["peak_blocks"],
+        "num_blocks": blocks,
+        "max_num_batched_tokens": budget,
+        "attention": attention,
+        "trace": options.trace,
+        "phases": {
+            "prompts": {"seconds": prompts, "steps": figures["prefill_steps"], "tokens": figures["prompt_tokens"]},
+            "decode": {"seconds": decode, "steps": figures["steps"] - figures["prefill_steps"]},
+        },
+    }
+    del service, bench, model
+    gc.collect()
+    return line
+
+
+def table(lines: list[dict]) -> str:
+    """One line a model."""
+    heads = "tokens/s", "vLLM", "times", "s", "prompts s", "decode s", "preempted"
+    widths = 12, 12, 8, 9, 11, 10, 11
+    text = [f"{'model':<8}" + "".join(f"{head:>{width}}" for head, width in zip(heads, widths, strict=True))]
+    for line in lines:
+        peer, times = line["vllm_output_tokens_per_s"] or 0, line["times_vllm"] or 0
+        phases = line["phases"]
+        text.append(
+            f"{line['model']:<8}{line['output_tokens_per_s']:12,.0f}{peer:12,.0f}{times:8.2f}"
+            f"{line['seconds']['median']:9.2f}{phases['prompts']['seconds']:11.2f}{phases['decode']['seconds']:10.2f}"
+            f"{line['preemptions']:11d}"
+        )
+    return "\n".join(text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--models", nargs="+", default=["135M", "1B", "8B"], choices=CONFIGS)
+    add("--requests", type=int, default=256, help="also the rows")
+    add("--low", type=int, default=100)
+    add("--high", type=int, default=1024)
+    add("--block-size", type=int, default=16)
+    add("--max-num-batched-tokens", type=int, help="by default what suits each model")
+    add("--dtype", default="bfloat16")
+    add("--attention", default="auto")
+    add("--repeats", type=int, default=2)
+    add("--trace", type=int, default=0, metavar="STEPS", help="record that many iterations, to measure what it costs")
+    add("--tiny", action="store_true", help="a small model and workload, in seconds on a CPU")
+    add("--json", action="store_true")
+    add("--save", action="store_true", help="write results/h100/serving.json (or the folder of another device)")
+    options = parser.parse_args()
+    if options.tiny:
+        options.models, options.requests, options.low, options.high, options.dtype = ["tiny"], 8, 5, 40, "float32"
+    lines = []
+    for name in options.models:
+        lines.append(measure(name, options, options.attention))
+        print(table(lines[-1:]) if not options.json else "", flush=True)
+    document = record.document("serving", lines, method=METHOD)
+    print(json.dumps(document, indent=1) if options.json else table(lines))
+    if options.save:
+        folder = "h100" if "H100" in jax.devices()[0].device_kind else None
+        print(record.write("serving", lines, method=METHOD, folder=folder))
+
+
+if __name__ == "__main__":
+    main()

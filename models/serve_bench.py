@@ -1,0 +1,171 @@
+"""`paxattn serve-bench`: a serving workload on this machine, as a table or as JSON.
+
+    requests  random.Random(seed): prompt lengths, then answer lengths, each uniform in low..high
+    model     random weights of a named shape, or a checkpoint
+    run       pax.serve's loop in chunks, so that a bar can move; a chunk is timed as a whole
+
+By default it is the workload whose vLLM figures stand in docs/log.md: 256 requests at once, 100..1024 tokens each
+way, no end token, 256 rows at most.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import random
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm.auto import tqdm
+
+import paxattn as pax
+from models.llama import random_llama
+from models.load import load
+from models.shapes import CONFIGS
+from paxattn.serving.loop import check_requests, mixed_budget, most, open_service, run
+from paxattn.serving.queue import put
+
+
+def add_arguments(sub: argparse.ArgumentParser) -> None:
+    """Options of the command."""
+    add = sub.add_argument
+    add("--shapes", default="135M", choices=CONFIGS, help="random weights of these shapes")
+    add("--model", metavar="SRC", help="a checkpoint instead of random weights")
+    add("--dtype", default="float32", choices=("float32", "bfloat16"), help="of weights and cache")
+    add("--requests", type=int, default=256, metavar="R")
+    add("--low", type=int, default=100, metavar="N", help="shortest prompt and answer")
+    add("--high", type=int, default=1024, metavar="N", help="longest prompt and answer")
+    add("--seed", type=int, default=0, help="of lengths and prompts")
+    add("--max-num-seqs", type=int, default=256, metavar="B", help="rows at most")
+    add("--num-blocks", type=int, metavar="N", help="blocks in the pool (default: enough for all rows)")
+    add("--block-size", type=int, default=16, metavar="S", help="tokens a block of the cache")
+    add("--max-num-batched-tokens", type=int, default=2048, metavar="T", help="token axis of steps with prompts")
+    add("--steps", type=int, default=32, metavar="K", help="steps a chunk")
+    add("--attention", default="auto", metavar="NAME", help="implementation of paged attention")
+
+
+def workload(requests: int, low: int, high: int, vocab_size: int, seed: int = 0) -> pax.Requests:
+    """Prompts of random ids; lengths of prompts, then of answers, uniform in low..high."""
+    if requests < 1 or not 1 <= low <= high:
+        raise ValueError(f"{requests} requests of {low}..{high} tokens: at least 1 request, and 1 <= low <= high.")
+    draw = random.Random(seed)
+    prompt, new = (np.array([draw.randint(low, high) for _ in range(requests)], np.int32) for _ in range(2))
+    ids = np.random.default_rng(seed).integers(0, vocab_size, (requests, high), dtype=np.int32)
+    return pax.Requests.create(ids, prompt, max_new_tokens=new)
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """One workload on one model, compiled once; `measure` may be called again and again."""
+
+    model: pax.Model
+    requests: pax.Requests
+    max_num_seqs: int
+    num_blocks: int
+    block_size: int = 16
+    max_num_batched_tokens: int = 2048
+    attention: str = "auto"
+    trace: int = 0
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens that the largest request holds."""
+        return int(np.max(np.asarray(self.requests.prompt_length) + np.asarray(self.requests.max_new_tokens)))
+
+    def start(self):
+        """The service before its first step, all requests in the queue."""
+        sizes = {"max_model_len": self.max_model_len, "block_size": self.block_size, "num_blocks": self.num_blocks}
+        check_requests(self.model, self.requests, **sizes)
+        service, line = self._open(), jnp.arange(self.requests.prompt_length.size, dtype=jnp.int32)
+        queue = jax.jit(put, static_argnums=4)(service.queue, self.requests, line, line, most(service))
+        return jax.block_until_ready(dataclasses.replace(service, queue=queue))
+
+    def _open(self):
+        names = ("num_blocks", "block_size", "max_num_seqs", "trace", "max_model_len")
+        sizes = {name: getattr(self, name) for name in names}
+        return open_service(self.model, lines=self.requests.prompt_length.size, **sizes)
+
+    @functools.cached_property
+    def program(self):
+        """(model, service, steps) -> service, compiled."""
+        budget = mixed_budget(self.max_num_batched_tokens, self.max_num_seqs)
+
+        def advance(model, service, steps):
+            return run(model, service, budget=budget, policy=pax.Policy(), steps=steps, attention=self.attention)
+
+        shapes = jax.eval_shape(self._open)
+        return jax.jit(advance, donate_argnums=1).lower(self.model, shapes, jnp.int32(1)).compile()
+
+    def measure(self, steps, watch=lambda service, seconds: None):
+        """Serves everything.
+
+        Args:
+          steps: steps of each call of the program, an iterable; the last ones may find nothing to do.
+          watch: called with the service after each call, and the seconds so far.
+
+        Returns:
+          The service at the end, and for each call its seconds and the steps that fed prompts.
+        """
+        program, service, spans = self.program, self.start(), []
+        for more in steps:
+            before = int(service.stats.prefill_steps)
+            started = time.perf_counter()
+            service = jax.block_until_ready(program(self.model, service, jnp.int32(more)))
+            spans.append((time.perf_counter() - started, int(service.stats.prefill_steps) - before))
+            watch(service, sum(seconds for seconds, _ in spans))
+            if not service.queue.unfinished.any():
+                break
+        return service, spans
+
+    def figures(self, service, spans) -> dict:
+        """What a run took; a call that fed prompts in any of its steps counts as prompt time."""
+        seconds = sum(span for span, _ in spans)
+        tokens = int(jnp.sum(service.queue.known - service.queue.prompt_length))
+        return {
+            "output_tokens_per_s": tokens / seconds,
+            "seconds": seconds,
+            "prompt_seconds": sum(span for span, prompts in spans if prompts),
+            "decode_seconds": sum(span for span, prompts in spans if not prompts),
+            "steps": int(service.stats.steps),
+            "prefill_steps": int(service.stats.prefill_steps),
+            "requests": self.requests.prompt_length.size,
+            "prompt_tokens": int(jnp.sum(service.queue.prompt_length)),
+            "output_tokens": tokens,
+            "preemptions": int(jnp.sum(service.queue.preemptions)),
+            "peak_blocks": int(service.stats.blocks_peak),
+            "num_blocks": self.num_blocks,
+        }
+
+
+def main(options: argparse.Namespace) -> int:
+    """Runs the command."""
+    if options.steps < 1:
+        raise ValueError(f"steps is {options.steps}, must be at least 1.")
+    if options.model:
+        model = load(options.model, dtype=options.dtype).model
+    else:
+        model = random_llama(CONFIGS[options.shapes], jax.random.key(0), options.dtype)
+    requests = workload(options.requests, options.low, options.high, model.vocab_size, options.seed)
+    rows = min(options.max_num_seqs, options.requests)
+    blocks = options.num_blocks or 1 + rows * -(-2 * options.high // options.block_size)
+    bench = Bench(model, requests, rows, blocks, options.block_size, options.max_num_batched_tokens, options.attention)
+    with tqdm(total=int(requests.max_new_tokens.sum()), unit="token", disable=not sys.stderr.isatty()) as bar:
+
+        def watch(service, seconds):
+            done = int(jnp.sum(service.queue.known - service.queue.prompt_length))
+            used = int(service.cache.table.blocks.num_used) / (blocks - 1)
+            bar.set_postfix_str(f"{done / seconds:,.0f} tokens/s, {used:.0%} of the blocks", refresh=False)
+            bar.update(done - bar.n)
+
+        service, spans = bench.measure(iter(lambda: options.steps, None), watch)
+    facts = {"model": options.model or options.shapes, "device": jax.devices()[0].device_kind}
+    facts |= {"max_num_seqs": rows, "block_size": options.block_size, **bench.figures(service, spans)}
+    if options.json:
+        print(json.dumps(facts))
+        return 0
+    for name, value in facts.items():
+        print(f"{name:22} {value:,.1f}" if isinstance(value, float) else f"{name:22} {value}")
+    return 0

@@ -1,0 +1,270 @@
+"""A thin host object over the same loop, run in chunks of k steps: submit, cancel, stream, metrics.
+
+    submit ──> backlog ──> line of the queue ──chunk of k steps on the device──> tokens ──> callbacks, streams
+    cancel ──────────────────┘ (both wait for the next chunk; neither touches the device)
+
+The device decides who is served, in every step; the host only writes requests into free lines and reads what is
+new. `submit` and `cancel` may be called from callbacks, other threads and coroutines while a chunk runs.
+"""
+
+import asyncio
+import collections
+import dataclasses
+import itertools
+import statistics
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+
+import jax
+import numpy as np
+
+from paxattn.decoding.generate import MAX_NUM_BATCHED_TOKENS
+from paxattn.decoding.model import Model
+from paxattn.decoding.step import Finish
+from paxattn.serving.chunk import News, chunk, enter, leave
+from paxattn.serving.loop import check_requests, mixed_budget, open_service
+from paxattn.serving.policy import Policy
+from paxattn.serving.queue import Requests
+
+
+@dataclasses.dataclass(eq=False)
+class Answer:
+    """A request as its owner sees it; it grows while the engine runs. Times are seconds of the engine's clock."""
+
+    prompt_ids: list[int]
+    token_ids: list[int] = dataclasses.field(default_factory=list)
+    logprobs: list[float] = dataclasses.field(default_factory=list)
+    finish_reason: str | None = None  # None until it has ended
+    submitted: float = dataclasses.field(default_factory=time.perf_counter)
+    first_token: float | None = None
+    ended: float | None = None
+
+
+class Engine:
+    """Serves requests that come and go.
+
+    Args:
+      model: see `paxattn.decoding.model.Model`.
+      max_num_seqs: rows: requests in flight at once, at most.
+      max_model_len: tokens that a request can hold, prompt and answer.
+      num_blocks: blocks in the pool, NULL included; enough for all rows by default.
+      block_size: tokens a block holds.
+      max_num_batched_tokens: token axis of a step that feeds prompts; at least max_num_seqs.
+      max_num_requests: lines of the device's queue, from which the policy chooses; twice the rows by default. Further
+        requests wait in a backlog on the host, in the order in which they came.
+      steps: steps a chunk: the host sees new tokens, and the device new requests, that often.
+      policy: who goes first; first come, first served by default.
+      eos_token_id: none, one or several ids that end a request.
+      seed: of requests that bring no key; the i-th one submitted samples with fold_in(key(seed), i).
+      attention: implementation of paged attention, by name.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        max_num_seqs: int,
+        max_model_len: int,
+        num_blocks: int | None = None,
+        block_size: int = 16,
+        max_num_batched_tokens: int = MAX_NUM_BATCHED_TOKENS,
+        max_num_requests: int | None = None,
+        steps: int = 8,
+        policy: Policy | None = None,
+        eos_token_id: int | Sequence[int] = (),
+        seed: int = 0,
+        attention: str = "auto",
+    ):
+        lines = 2 * max_num_seqs if max_num_requests is None else max_num_requests
+        for name, value in (("steps", steps), ("max_num_requests", lines)):
+            if value < 1:
+                raise ValueError(f"{name} is {value}, must be at least 1.")
+        if num_blocks is None:
+            num_blocks = 1 + max_num_seqs * -(-max_model_len // block_size)
+        self.service = open_service(
+            model,
+            lines=lines,
+            max_num_seqs=max_num_seqs,
+            max_model_len=max_model_len,
+            num_blocks=num_blocks,
+            block_size=block_size,
+            eos_token_id=eos_token_id,
+        )
+        self._model = model
+        self._policy = Policy() if policy is None else policy
+        self._limits = {"max_model_len": max_model_len, "block_size": block_size, "num_blocks": num_blocks}
+        self._options = {"budget": mixed_budget(max_num_batched_tokens, max_num_seqs), "steps": steps}
+        self._options |= {"attention": attention}
+        self._key = jax.random.key(seed)
+        self._backlog: collections.deque[tuple[Answer, Requests, int]] = collections.deque()
+        self._lines: list[Answer | None] = [None] * lines
+        self._leaving: dict[Answer, Finish] = {}
+        self._watch: dict[Answer, Callable[[Answer], None]] = {}
+        self._lock = threading.RLock()
+        self._ended: list[Answer] = []
+        self._tickets = itertools.count()
+        self._counts = dict.fromkeys(("output_tokens", "preemptions", "steps", "running", "blocks_used"), 0)
+        self._seconds = 0.0
+
+    def submit(
+        self,
+        prompt_ids: Sequence[int],
+        *,
+        max_new_tokens: int,
+        priority: int = 0,
+        key: jax.Array | None = None,
+        on_tokens: Callable[[Answer], None] | None = None,
+        **sampling,
+    ) -> Answer:
+        """Queues a prompt; it is served from the next chunk on.
+
+        Args:
+          prompt_ids: at least one token.
+          max_new_tokens: at least 1.
+          priority: higher goes first, where the policy asks for it.
+          key: of its sampling.
+          on_tokens: called after each chunk that brought it tokens or its end, outside of jit.
+          **sampling: temperature, top_k, top_p, min_p, repetition_penalty.
+
+        Raises:
+          ValueError: it is wrong, or could never fit a row or the pool: the value, the limit, what to do.
+        """
+        ids = np.zeros((1, max(self._limits["max_model_len"], len(prompt_ids))), np.int32)
+        ids[0, : len(prompt_ids)] = prompt_ids
+        ticket = next(self._tickets)
+        keys = (jax.random.fold_in(self._key, ticket) if key is None else key)[None]
+        length = np.array([len(prompt_ids)], np.int32)
+        requests = Requests.create(ids, length, max_new_tokens=max_new_tokens, priority=priority, key=keys, **sampling)
+        check_requests(self._model, requests, **self._limits)
+        answer = Answer(list(map(int, prompt_ids)))
+        if on_tokens is not None:
+            self._watch[answer] = on_tokens
+        self._backlog.append((answer, requests, ticket))
+        return answer
+
+    def cancel(self, answer: Answer, reason: Finish = Finish.CANCELLED) -> bool:
+        """Ends a request, wherever it is; False if it had ended. Its row and blocks are free in the next chunk."""
+        if answer.finish_reason is not None:
+            return False
+        self._leaving[answer] = reason
+        self._end(answer, reason)
+        return True
+
+    def step(self) -> bool:
+        """Runs one chunk and hands out what it brought; False if there was nothing to do."""
+        with self._lock:
+            grown = self._turn()
+        for answer in grown:
+            if answer in self._watch:
+                self._watch[answer](answer)
+            if answer.finish_reason is not None:
+                self._watch.pop(answer, None)
+        return bool(grown) or self.busy
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request has not ended yet."""
+        waiting = any(answer.finish_reason is None for answer, _, _ in tuple(self._backlog))
+        return waiting or any(answer and answer.finish_reason is None for answer in self._lines)
+
+    def run(self) -> None:
+        """Runs until every request has ended."""
+        while self.step():
+            pass
+
+    def stream(self, answer: Answer) -> Iterator[int]:
+        """Yields a request's tokens as they come; the engine runs, for all, while one is waited for."""
+        sent = 0
+        while sent < len(answer.token_ids) or answer.finish_reason is None:
+            if sent == len(answer.token_ids):
+                self._more(answer, sent)
+            else:
+                yield answer.token_ids[sent]
+                sent += 1
+
+    async def astream(self, answer: Answer) -> AsyncIterator[int]:
+        """`stream` for coroutines: chunks run in a thread, and serve everybody who waits."""
+        sent = 0
+        while sent < len(answer.token_ids) or answer.finish_reason is None:
+            if sent == len(answer.token_ids):
+                await asyncio.to_thread(self._more, answer, sent)
+            else:
+                yield answer.token_ids[sent]
+                sent += 1
+
+    def metrics(self) -> dict[str, int | float]:
+        """Counts so far, the state after the latest chunk, and medians over requests that have ended, in seconds."""
+        firsts = [a.first_token - a.submitted for a in self._ended if a.first_token is not None]
+        spans = [
+            (a.ended - a.first_token) / (len(a.token_ids) - 1)
+            for a in self._ended
+            if a.first_token is not None and a.ended is not None and len(a.token_ids) > 1
+        ]
+        unfinished = sum(a.finish_reason is None for a in [*(b[0] for b in self._backlog), *filter(None, self._lines)])
+        tokens, seconds, used = self._counts["output_tokens"], self._seconds, self._counts["blocks_used"]
+        return self._counts | {
+            "waiting": unfinished - self._counts["running"],
+            "ended": len(self._ended),
+            "occupancy": used / (self._limits["num_blocks"] - 1),
+            "tokens_per_s": tokens / seconds if seconds else 0.0,
+            "time_to_first_token": statistics.median(firsts) if firsts else 0.0,
+            "time_per_token": statistics.median(spans) if spans else 0.0,
+        }
+
+    def _more(self, answer: Answer, sent: int) -> None:
+        """Another chunk, unless somebody else's has brought the next token meanwhile."""
+        with self._lock:
+            if len(answer.token_ids) == sent and answer.finish_reason is None and not self.step():
+                raise ValueError("this answer was submitted to another engine; stream it there.")
+
+    def _turn(self) -> list[Answer]:
+        self._leave()
+        self._enter()
+        if not any(self._lines):
+            return []
+        started = time.perf_counter()
+        self.service, news = chunk(self._model, self.service, self._policy, **self._options)
+        news = jax.device_get(news)
+        self._seconds += time.perf_counter() - started
+        self._counts |= {"steps": int(news.steps), "running": int(news.running), "blocks_used": int(news.used)}
+        self._counts["preemptions"] += int(news.preemptions)
+        return [a for line, a in enumerate(list(self._lines)) if a is not None and self._read(line, a, news)]
+
+    def _leave(self) -> None:
+        """Tells the device who was cancelled; a request in the backlog never got there."""
+        leaving, self._leaving = self._leaving, {}
+        for reason in set(leaving.values()):
+            lines = np.array([answer is not None and leaving.get(answer) == reason for answer in self._lines])
+            if lines.any():
+                self.service = leave(self.service, lines, reason=reason)
+        self._lines = [None if answer in leaving else answer for answer in self._lines]
+
+    def _enter(self) -> None:
+        """Writes requests of the backlog into free lines."""
+        for line in (i for i, answer in enumerate(self._lines) if answer is None):
+            while self._backlog and self._lines[line] is None:
+                answer, requests, ticket = self._backlog.popleft()
+                if answer.finish_reason is None:
+                    self._lines[line] = answer
+                    self.service = enter(self.service, requests, np.array([line]), np.array([ticket]))
+
+    def _read(self, line: int, answer: Answer, news: News) -> bool:
+        """Takes what is new for a request; whether there was anything. A line is free once the device ended it."""
+        if answer.finish_reason is not None:  # cancelled while the chunk ran
+            return False
+        grown = int(news.grown[line])
+        if grown and answer.first_token is None:
+            answer.first_token = time.perf_counter()
+        answer.token_ids += news.tokens[line, :grown].tolist()
+        answer.logprobs += news.logprobs[line, :grown].tolist()
+        self._counts["output_tokens"] += grown
+        if ended := int(news.finish[line]) != Finish.RUNNING:
+            self._end(answer, Finish(int(news.finish[line])))
+            self._lines[line] = None
+        return bool(grown) or ended
+
+    def _end(self, answer: Answer, reason: Finish) -> None:
+        answer.ended = time.perf_counter()
+        answer.finish_reason = reason.label
+        self._ended.append(answer)

@@ -1,0 +1,217 @@
+"""More requests than rows, in one device program.
+
+    serve = results . run . put . open_service
+
+    run   lax.while_loop:  wake, admit, choose, preempt  ->  one of two compiled bodies  ->  settle
+                                                             all rows at one token: T = B
+                                                             prompts among them:    T = max_num_batched_tokens
+
+`generate` is the case in which everybody has a row from the start. What a request is answered depends on its prompt
+and its key alone: rows, batch mates, chunks, preemption and the order of admission are unobservable in the tokens.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from paxattn.cache import Cache
+from paxattn.decoding.generate import MAX_NUM_BATCHED_TOKENS, check_prompts, is_traced, new_tokens
+from paxattn.decoding.model import Model
+from paxattn.decoding.step import Stats, step
+from paxattn.serving import trace as tracing
+from paxattn.serving.policy import Policy, ranked
+from paxattn.serving.queue import Queue, Requests, Times, put
+from paxattn.serving.service import Service, admit, choose, preempt, settle, wake
+from paxattn.typing import Array, Float32, Int32, struct
+
+
+@struct
+class Served:
+    """What came out, in the order of the requests; W is the most new tokens that any of them may have."""
+
+    token_ids: Int32[Array, "R W"]  # new tokens, the eos token included if produced; 0 past `length`
+    logprobs: Float32[Array, "R W"]
+    length: Int32[Array, "R"]
+    finish_reason: Int32[Array, "R"]  # a `Finish`
+    preemptions: Int32[Array, "R"]  # how often each was sent back to wait
+    times: Times
+    status: Int32[Array, ""]
+    stats: Stats
+    trace: Int32[Array, "steps columns"]
+    cache: Cache
+
+
+def serve(
+    model: Model,
+    requests: Requests,
+    *,
+    max_num_seqs: int,
+    max_model_len: int | None = None,
+    num_blocks: int | None = None,
+    block_size: int = 16,
+    max_num_batched_tokens: int = MAX_NUM_BATCHED_TOKENS,
+    policy: Policy | None = None,
+    eos_token_id=(),
+    trace: int = 0,
+    attention: str = "auto",
+) -> Served:
+    """Serves all requests through `max_num_seqs` rows: a pure function, ready for `jax.jit`.
+
+    Args:
+      model: see `paxattn.decoding.model.Model`.
+      requests: what is asked; see `Requests.create`.
+      max_num_seqs: rows: requests in flight at once, at most.
+      max_model_len: tokens that a request can hold, prompt and answer; by default what the largest asks for.
+      num_blocks: blocks in the pool, NULL included; enough for all rows by default. With fewer, requests wait, and
+        rows are preempted when blocks run out.
+      block_size: tokens a block holds.
+      max_num_batched_tokens: token axis of a step that feeds prompts; at least max_num_seqs, as decoding rows go
+        first.
+      policy: who goes first; first come, first served by default.
+      eos_token_id: none, one or several ids that end a request.
+      trace: record that many iterations; see `paxattn.serving.trace`.
+      attention: implementation of paged attention, by name.
+
+    Returns:
+      A `Served`. A traced request that can never fit ends as OUT_OF_BLOCKS without a token.
+
+    Raises:
+      ValueError: a request that can never fit, or arguments that can be seen to be wrong before anything runs.
+    """
+    lines, policy = requests.prompt_length.size, Policy() if policy is None else policy
+    if max_model_len is None:
+        if is_traced(requests.prompt_length) or is_traced(requests.max_new_tokens):
+            raise ValueError("the requests are traced, so they cannot size the page table: pass max_model_len.")
+        whole = np.asarray(requests.prompt_length) + np.asarray(requests.max_new_tokens)
+        max_model_len = int(np.max(whole, initial=1))
+    if num_blocks is None:
+        num_blocks = 1 + max_num_seqs * -(-max_model_len // block_size)
+    if lines:
+        check_requests(model, requests, max_model_len=max_model_len, block_size=block_size, num_blocks=num_blocks)
+    service = open_service(
+        model,
+        lines=max(lines, 1),
+        max_num_seqs=max_num_seqs,
+        max_model_len=max_model_len,
+        num_blocks=num_blocks,
+        block_size=block_size,
+        eos_token_id=eos_token_id,
+        trace=trace,
+    )
+    line = jnp.arange(lines, dtype=jnp.int32)
+    service = dataclasses.replace(service, queue=put(service.queue, requests, line, line, most(service)))
+    budget = mixed_budget(max_num_batched_tokens, max_num_seqs)
+    if lines:  # a queue of none would still be compiled
+        service = run(model, service, budget=budget, policy=policy, attention=attention)
+    return results(service, lines)
+
+
+def open_service(
+    model: Model,
+    *,
+    lines: int,
+    max_num_seqs: int,
+    max_model_len: int,
+    num_blocks: int,
+    block_size: int,
+    eos_token_id=(),
+    trace: int = 0,
+) -> Service:
+    """An empty queue of `lines` lines, empty rows, an empty cache."""
+    cache = Cache.create(
+        model.cache_spec,
+        num_blocks=num_blocks,
+        block_size=block_size,
+        max_num_seqs=max_num_seqs,
+        max_model_len=max_model_len,
+    )
+    return Service.create(Queue.create(lines, max_model_len), cache, eos_token_id, tracing.blank(trace))
+
+
+def most(service: Service) -> int:
+    """Tokens that the pool could hold for one request."""
+    table = service.cache.table
+    return (table.blocks.refcount.size - 1) * table.block_size
+
+
+def mixed_budget(max_num_batched_tokens: int, max_num_seqs: int) -> int:
+    """Length of the token axis of steps that feed prompts."""
+    if max_num_batched_tokens < max_num_seqs:
+        raise ValueError(
+            f"max_num_batched_tokens is {max_num_batched_tokens}, must be at least max_num_seqs = {max_num_seqs}: "
+            "decoding rows go first, a token each; raise it or ask for fewer rows."
+        )
+    return max_num_batched_tokens
+
+
+def run(
+    model: Model,
+    service: Service,
+    *,
+    budget: int,
+    policy: Policy,
+    steps: Int32[Array, ""] | int | None = None,
+    attention: str = "auto",
+) -> Service:
+    """Runs until every request of the queue has ended, or for `steps` more steps.
+
+    The policy's orders are taken once, here: they may look at whatever the queue holds when the loop starts.
+    """
+    order = ranked(service.queue, policy.admit)
+    rank = jnp.zeros_like(order).at[ranked(service.queue, policy.keep)].set(jnp.arange(order.size, dtype=jnp.int32))
+    end = jnp.int32(2**31 - 1) if steps is None else service.stats.steps + steps
+    watermark = jnp.float32(policy.watermark)
+
+    def feed(tokens):
+        return lambda state, count: step(model, state, budget=tokens, count=count, attention=attention)
+
+    def turn(old):
+        service = admit(wake(old), order, watermark)
+        count, out = choose(service, rank, budget)
+        service = preempt(service, out)
+        state = jax.lax.cond(jnp.any(count > 1), feed(budget), feed(service.line.size), service.view(), count)
+        new = settle(service, state)
+        if not new.trace.size:
+            return new
+        return dataclasses.replace(new, trace=tracing.record(old, service, new, count, out))
+
+    return jax.lax.while_loop(lambda s: jnp.any(s.queue.unfinished) & (s.stats.steps < end), turn, service)
+
+
+def results(service: Service, lines: int) -> Served:
+    """The answers in the first `lines` lines of the queue, and everything that was counted."""
+    queue = jax.tree.map(lambda values: values[:lines], service.queue)
+
+    def answers(buffer):
+        return new_tokens(buffer, queue.prompt_length, queue.known, buffer.shape[1])
+
+    return Served(
+        token_ids=answers(queue.tokens),
+        logprobs=answers(queue.logprobs),
+        length=queue.known - queue.prompt_length,
+        finish_reason=queue.finish,
+        preemptions=queue.preemptions,
+        times=queue.times,
+        status=service.status,
+        stats=service.stats,
+        trace=service.trace,
+        cache=service.cache,
+    )
+
+
+def check_requests(model: Model, requests: Requests, *, max_model_len: int, block_size: int, num_blocks: int) -> None:
+    """Refuses, on the host, requests that are wrong or can never fit; traced values are passed over."""
+    knobs = {f.name: getattr(requests.sampling, f.name) for f in dataclasses.fields(requests.sampling)}
+    prompt, new = requests.prompt_length, requests.max_new_tokens
+    check_prompts(model, requests.prompt_ids, prompt, new, max_model_len, block_size, num_blocks, knobs)
+    if is_traced(prompt) or is_traced(new):
+        return
+    need = -(-(np.asarray(prompt) + np.asarray(new) - 1) // block_size)  # the last token is never fed
+    if (need >= num_blocks).any():
+        line = int(np.argmax(need >= num_blocks))
+        raise ValueError(
+            f"request {line} may need {need[line]} blocks of {block_size} tokens; the pool has {num_blocks - 1} to "
+            "hand out, so it could never finish; raise num_blocks, or lower its max_new_tokens."
+        )
