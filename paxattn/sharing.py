@@ -1,0 +1,47 @@
+"""What sharing saves: the blocks that rows hold together, counted against a cache in which each row holds its own.
+
+    row 0: [ 3 | 1 ]        held      3 blocks (1, 3, 5)
+    row 1: [ 3 | 5 ]        shared    1 block  (3)
+                            unshared  4 blocks without sharing: a block a cell
+                            saving    1/4
+
+The metric of Kwon et al. 2023, section 6.3: blocks saved by sharing / blocks without sharing.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from paxattn.pages import PageTable
+from paxattn.typing import Array, Float32, struct
+
+
+@struct
+class Sharing:
+    """Block counts of one moment, or their sums over many; float32, since a long run's sums outgrow int32."""
+
+    held: Float32[Array, ""]
+    shared: Float32[Array, ""]  # of these, by more than one row
+    unshared: Float32[Array, ""]  # what the rows would hold if each had its own
+
+    @staticmethod
+    def zeros() -> "Sharing":
+        """Nothing counted yet."""
+        return Sharing(*(jnp.zeros((), jnp.float32) for _ in range(3)))
+
+    def __add__(self, other: "Sharing") -> "Sharing":
+        return jax.tree.map(jnp.add, self, other)
+
+    @property
+    def saving(self) -> Float32[Array, ""]:
+        """Part of the unshared blocks that sharing saves, in [0, 1)."""
+        return (self.unshared - self.held) / jnp.maximum(self.unshared, 1)
+
+
+def sharing(table: PageTable) -> Sharing:
+    """The count of a page table as it stands: three reductions."""
+    counts = (
+        table.blocks.num_used,
+        jnp.sum(table.blocks.refcount > 1),
+        jnp.sum(table.pages_for(table.length)),
+    )
+    return Sharing(*(count.astype(jnp.float32) for count in counts))
