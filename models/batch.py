@@ -21,6 +21,17 @@ class Output:
     text: str | None  # None where the model has no tokenizer
     finish_reason: str
     logprobs: list[float]
+    sequences: list["Scored"] | None = None  # where several were asked for: all, best first; the first is this one
+
+
+@dataclasses.dataclass(frozen=True)
+class Scored:
+    """One of several sequences that answer a prompt. The score: sum of log-probabilities / length ** length_penalty."""
+
+    token_ids: list[int]
+    text: str | None
+    finish_reason: str
+    score: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,10 +47,11 @@ class Batch:
     """Reads the host's side of a batch in flight: tokens, text, stop strings."""
 
     tokenizer: Tokenizer | None
-    prompts: list[list[int]]
+    prompts: list[list[int]]  # one a row
     max_new_tokens: int
     stop_strings: tuple[str, ...]
     eos: frozenset[int]
+    group: int = 1  # rows a prompt
 
     def done(self, state: pax.State) -> bool:
         """Whether every row has ended."""
@@ -65,15 +77,21 @@ class Batch:
             chosen = logprobs[row, len(prompt) : len(prompt) + kept]
             reason = pax.Finish.STOP if stopped else pax.Finish(int(reasons[row]))
             outputs.append(Output(prompt, tokens[:kept], text, reason.label, [float(p) for p in chosen]))
-        return outputs
+        if self.group == 1:
+            return outputs
+        scores = [sum(output.logprobs) / max(len(output.logprobs), 1) for output in outputs]
+        groups = range(0, len(outputs), self.group)
+        return [together(outputs[i : i + self.group], scores[i : i + self.group]) for i in groups]
 
     def stats(self, state: pax.State) -> dict[str, int]:
         """The run's counters, and what a cache without paging would have reserved."""
         table, stats = state.cache.table, state.stats
-        counted = {f.name: int(getattr(stats, f.name)) for f in dataclasses.fields(stats)}
+        counted = {f.name: int(getattr(stats, f.name)) for f in dataclasses.fields(stats) if f.name != "sharing"}
+        shared = {f"block_steps_{f.name}": int(getattr(stats.sharing, f.name)) for f in dataclasses.fields(pax.Sharing)}
         widest = max(len(p) for p in self.prompts) + self.max_new_tokens
         return {
             **counted,
+            **shared,
             "block_size": table.block_size,
             "num_blocks": table.blocks.refcount.size,
             "tokens_reserved_peak": counted["blocks_peak"] * table.block_size,
@@ -101,6 +119,20 @@ class Batch:
         if not found:
             return text, False, len(tokens)
         return text[: min(found)], True, next(n for n in range(1, len(tokens) + 1) if has_stop(n))
+
+
+def together(outputs: Sequence[Output], scores: Sequence[float]) -> Output:
+    """The sequences of one prompt as one answer: the best of them, and all of them best first."""
+    order = sorted(range(len(outputs)), key=lambda i: -scores[i])
+    ranked = [(outputs[i], scores[i]) for i in order]
+    sequences = [Scored(o.token_ids, o.text, o.finish_reason, score) for o, score in ranked]
+    return dataclasses.replace(ranked[0][0], sequences=sequences)
+
+
+def saving(stats: dict) -> float:
+    """Part of the blocks that sharing saved, over all steps: blocks saved / blocks without sharing."""
+    unshared = stats["block_steps_unshared"]
+    return (unshared - stats["block_steps_held"]) / max(unshared, 1)
 
 
 def bucket(n: int) -> int:

@@ -18,14 +18,16 @@ import jax.numpy as jnp
 import numpy as np
 
 import paxattn as pax
-from models.batch import Batch, Run, bucket, eos_set, merge
+from models import beams
+from models.batch import Batch, Run, bucket, eos_set, merge, saving
 from models.llama import Llama
 from models.tokenizer import Detokenizer, Tokenizer
-from paxattn.decoding.generate import MAX_NUM_BATCHED_TOKENS
+from paxattn.decoding.generate import MAX_NUM_BATCHED_TOKENS, pool_size
 
 Prompt = str | Sequence[int]
 
 _advance = jax.jit(pax.advance, static_argnames=("budget", "attention"), donate_argnames="state")
+_fan_out = jax.jit(pax.fan_out, static_argnames=("group", "budget", "attention"), donate_argnames="state")
 _stop = jax.jit(pax.stop, donate_argnums=0)
 
 
@@ -70,12 +72,14 @@ class LM:
             if batch.done(state):
                 outputs += batch.outputs(state)
                 stats = merge(stats, batch.stats(state))
-        return Run(outputs, stats)
+        return Run(outputs, stats | {"sharing_saving": saving(stats)})
 
     def stream(self, prompt: Prompt, *, steps: int = 4, **options: Any) -> Iterator[str]:
         """Yields the answer to one prompt in pieces as it grows; their concatenation is the whole text."""
         if self.tokenizer is None:
             raise ValueError(f"{self.name} has no tokenizer, so there is no text to stream.")
+        if options.get("num_beams", 1) > 1 or options.get("num_return_sequences", 1) > 1:
+            raise ValueError("a stream is one answer that only grows; leave out num_beams and num_return_sequences.")
         sent = 0
         detokenizer = Detokenizer(self.tokenizer)
         text = ""
@@ -116,6 +120,10 @@ class LM:
         *,
         chat: bool | None = None,
         max_new_tokens: int = 64,
+        num_return_sequences: int = 1,
+        num_beams: int = 1,
+        length_penalty: float = 1.0,
+        early_stopping: bool | str = False,
         seed: int = 0,
         stop_strings: Sequence[str] = (),
         eos_token_id: int | Sequence[int] | None = None,
@@ -133,7 +141,11 @@ class LM:
           prompts: texts, or token ids.
           chat: through the chat template; by default where the model has one.
           max_new_tokens: of each answer.
-          seed: of the sampling keys; prompt i uses fold_in(key(seed), i).
+          num_return_sequences: answers a prompt: samples, or the best of its beams.
+          num_beams: above 1, beam search; it takes neither sampling knobs nor stop strings.
+          length_penalty: of beam search, as in `paxattn.beam_search`.
+          early_stopping: of beam search, likewise.
+          seed: of the sampling keys; prompt i uses fold_in(key(seed), i), its samples as `sample_keys` says.
           stop_strings: an answer ends before the first of these.
           eos_token_id: ends an answer; the checkpoint's by default, () for none.
           block_size: tokens a block.
@@ -150,6 +162,8 @@ class LM:
         for i, ids in enumerate(encoded):
             if not ids:
                 raise ValueError(f"prompt {i} is empty; give at least one token.")
+        if block_size < 1:
+            raise ValueError(f"block_size is {block_size}, must be at least 1.")
         if max_num_seqs < 1:
             raise ValueError(f"max_num_seqs is {max_num_seqs}, must be at least 1.")
         if stop_strings and self.tokenizer is None:
@@ -163,29 +177,42 @@ class LM:
             )
         if steps is not None and steps < 1:
             raise ValueError(f"steps is {steps}, must be at least 1.")
+        search = beams.options(num_beams, num_return_sequences, length_penalty, early_stopping, stop_strings, sampling)
+        group = num_beams if search else num_return_sequences
+        if group > max_num_seqs:
+            raise ValueError(f"a prompt takes {group} rows, more than max_num_seqs = {max_num_seqs}; raise it.")
         eos = self.model.config.eos_token_id if eos_token_id is None else eos_token_id
         steps = 8 if stop_strings and steps is None else steps
         key = jax.random.key(seed)
-        for first in range(0, len(encoded), max_num_seqs):
-            rows = encoded[first : first + max_num_seqs]
-            width = bucket(max(map(len, rows)))
+        for first in range(0, len(encoded), max_num_seqs // group):
+            rows = encoded[first : first + max_num_seqs // group]
+            width, new = bucket(max(map(len, rows))), bucket(max_new_tokens)
             ids = np.zeros((len(rows), width), np.int32)
             for row, tokens in enumerate(rows):
                 ids[row, : len(tokens)] = tokens
-            state = pax.start(
+            budget = pax.prefill_budget(ids.shape, max_num_batched_tokens)
+            prompts = [tokens for tokens in rows for _ in range(group)]
+            batch = Batch(self.tokenizer, prompts, max_new_tokens, tuple(stop_strings), eos_set(eos), group)
+            begin = functools.partial(
+                beams.begin if search else pax.start,
                 self.model,
                 jnp.asarray(ids),
                 jnp.array(list(map(len, rows)), jnp.int32),
                 max_new_tokens=jnp.full(len(rows), max_new_tokens, jnp.int32),
-                max_model_len=width + bucket(max_new_tokens),
+                max_model_len=width + new,
                 block_size=block_size,
-                num_blocks=num_blocks,
+                num_blocks=num_blocks or pool_size(len(rows), width, new, group, block_size, width + new),
                 eos_token_id=eos,
-                key=jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(first, first + len(rows))),
-                **sampling,
             )
-            budget = pax.prefill_budget(ids.shape, max_num_batched_tokens)
-            batch = Batch(self.tokenizer, rows, max_new_tokens, tuple(stop_strings), eos_set(eos))
+            if search:
+                yield from beams.drive(
+                    self.model, begin(**search), batch, num_return_sequences, budget, attention, steps
+                )
+                continue
+            keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(first, first + len(rows)))
+            state = begin(num_return_sequences=num_return_sequences, key=keys, **sampling)
+            if group > 1:
+                state = _fan_out(self.model, state, group=group, budget=budget, attention=attention)
             yield from _drive(self.model, state, batch, budget, attention, steps)
 
 

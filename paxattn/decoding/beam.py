@@ -162,8 +162,8 @@ def begin(
     first = jnp.where(jnp.arange(num_beams) == 0, 0.0, NEVER)  # the beams are equal yet: one stands for all
     score = jnp.broadcast_to(first.astype(jnp.float32), places)
     tokens = jnp.zeros((*places, rows.tokens.shape[1]), jnp.int32)
-    none = jnp.zeros(places, jnp.int32)
-    ended = Hypotheses(tokens, tokens.astype(jnp.float32), jnp.full(places, NEVER, jnp.float32), none, none)
+    none = [jnp.full(places, value) for value in (jnp.float32(NEVER), jnp.int32(0), jnp.int32(Finish.RUNNING))]
+    ended = Hypotheses(tokens, tokens.astype(jnp.float32), *none)
     return Search(rows, score, ended, jnp.asarray(length_penalty, jnp.float32), early_stopping)
 
 
@@ -268,7 +268,9 @@ def _is_over(search: Search, live: Hypotheses, ended: Hypotheses) -> Bool[Array,
     return hopeless | full | (length >= limit)
 
 
-def _top_k(score: Float32[Array, "R n"], k: int, *, chunk: int = 128) -> tuple[Float32[Array, "R k"], Int32[Array, "R k"]]:
+def _top_k(
+    score: Float32[Array, "R n"], k: int, *, chunk: int = 128
+) -> tuple[Float32[Array, "R k"], Int32[Array, "R k"]]:
     """`lax.top_k` of long rows, the first of equals included: the best k lie in the k chunks with the best maxima."""
     rows, n = score.shape
     if n <= chunk * k:

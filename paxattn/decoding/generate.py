@@ -33,8 +33,10 @@ MAX_NUM_BATCHED_TOKENS = 512
 
 @struct
 class Generation:
-    """What came out. Rows are in the order of the prompts, those of one prompt together; W is the widest row's
-    number of new tokens allowed."""
+    """What came out: rows in the order of the prompts, those of one prompt together.
+
+    W is the widest row's number of new tokens allowed.
+    """
 
     token_ids: Int32[Array, "B W"]  # new tokens, the eos token included if produced; 0 past `length`
     logprobs: Float32[Array, "B W"]  # of those tokens under the model, natural logarithm
@@ -152,14 +154,12 @@ def start(
         cache=cache,
         tokens=rows(tokens),
         logprobs=rows(jnp.zeros(tokens.shape, jnp.float32)),
-        known=rows(prompt_length),
+        known=jnp.array(rows(prompt_length)),
         prompt_length=rows(prompt_length),
         limit=rows(prompt_length + jnp.asarray(max_new_tokens, jnp.int32)),
         finish=jnp.full(prompts * num_return_sequences, Finish.RUNNING, jnp.int32),
         eos=jnp.atleast_1d(jnp.asarray(eos_token_id, jnp.int32)),
-        sampling=dataclasses.replace(
-            jax.tree.map(rows, sampling), key=sample_keys(sampling.key, num_return_sequences)
-        ),
+        sampling=dataclasses.replace(jax.tree.map(rows, sampling), key=sample_keys(sampling.key, num_return_sequences)),
         status=jnp.int32(Status.OK),
         stats=Stats.zeros(),
     )

@@ -54,9 +54,10 @@ class Sampling:
 
 
 def sample_keys(key: Key[Array, "R"], n: int) -> Key[Array, "B"]:
-    """The keys of n samples a prompt, prompt by prompt: sample 0 has the prompt's own, so that more samples change none.
+    """The keys of n samples a prompt, prompt by prompt.
 
-    Sample j > 0 has fold_in(key, -j); `pick` folds positions, which are never negative.
+    Sample 0 has the prompt's own key, so asking for more samples changes none; sample j > 0 has fold_in(key, -j).
+    `pick` folds positions, which are never negative.
     """
     folded = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))(key, -jnp.arange(n))
     return jnp.where(jnp.arange(n) > 0, folded, key[:, None]).ravel()
