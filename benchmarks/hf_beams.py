@@ -15,7 +15,8 @@ FOLDER = Path(__file__).parents[1] / "tests" / "golden" / "tiny_llama"
 A, B, C = [14, 311, 238, 87], [250, 231, 192], [102, 48]  # tokens that the beams like
 CASES = [  # eos, beams, early_stopping, length_penalty
     *((A, 4, early, 1.0) for early in (False, True, "never")), (A, 4, False, -1.0),
-    (B, 3, "never", 2.0), (B, 3, False, 2.0), (B, 3, True, 0.0), (B, 3, False, 0.0), (C, 2, False, 1.0), (C, 2, "never", -1.0),
+    (B, 3, "never", 2.0), (B, 3, False, 2.0), (B, 3, True, 0.0), (B, 3, False, 0.0),
+    (C, 2, False, 1.0), (C, 2, "never", -1.0),
 ]  # fmt: skip
 
 
