@@ -86,12 +86,10 @@ class Batch:
     def stats(self, state: pax.State) -> dict[str, int]:
         """The run's counters, and what a cache without paging would have reserved."""
         table, stats = state.cache.table, state.stats
-        counted = {f.name: int(getattr(stats, f.name)) for f in dataclasses.fields(stats) if f.name != "sharing"}
-        shared = {f"block_steps_{f.name}": int(getattr(stats.sharing, f.name)) for f in dataclasses.fields(pax.Sharing)}
+        counted = {f.name: int(getattr(stats, f.name)) for f in dataclasses.fields(stats)}
         widest = max(len(p) for p in self.prompts) + self.max_new_tokens
         return {
             **counted,
-            **shared,
             "block_size": table.block_size,
             "num_blocks": table.blocks.refcount.size,
             "tokens_reserved_peak": counted["blocks_peak"] * table.block_size,

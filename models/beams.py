@@ -13,9 +13,7 @@ import numpy as np
 import paxattn as pax
 from models.batch import Batch, Output, together
 from paxattn.decoding import beam
-from paxattn.decoding.beam import begin
-
-__all__ = ["BeamBatch", "begin", "drive", "options"]
+from paxattn.decoding.expand import Search
 
 _branch = jax.jit(beam.branch, static_argnames=("budget", "attention"), donate_argnames="search")
 _advance = jax.jit(beam.advance, static_argnames="attention", donate_argnames="search")
@@ -27,7 +25,7 @@ GREEDY = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetitio
 class BeamBatch(Batch):
     """A batch whose rows are beams: the answers are its hypotheses, not its rows."""
 
-    search: beam.Search | None = None
+    search: Search | None = None
     num_return_sequences: int = 1
 
     def outputs(self, state: pax.State) -> list[Output]:
@@ -61,7 +59,7 @@ def options(
     stop_strings: Sequence[str],
     sampling: dict[str, Any],
 ) -> dict[str, Any] | None:
-    """What `begin` is to be told, None where no beam search is asked for; raises where the options contradict."""
+    """What `beam.begin` is to be told, None where no beam search is asked for; raises where the options contradict."""
     if num_beams < 1:
         raise ValueError(f"num_beams is {num_beams}, must be at least 1.")
     if num_return_sequences < 1:
@@ -81,7 +79,7 @@ def options(
 
 def drive(
     model: pax.Model,
-    search: beam.Search,
+    search: Search,
     batch: Batch,
     num_return_sequences: int,
     budget: int,

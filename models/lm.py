@@ -22,6 +22,7 @@ from models import beams
 from models.batch import Batch, Run, bucket, eos_set, merge, saving
 from models.llama import Llama
 from models.tokenizer import Detokenizer, Tokenizer
+from paxattn.decoding import beam
 from paxattn.decoding.generate import MAX_NUM_BATCHED_TOKENS, pool_size
 
 Prompt = str | Sequence[int]
@@ -193,24 +194,21 @@ class LM:
             budget = pax.prefill_budget(ids.shape, max_num_batched_tokens)
             prompts = [tokens for tokens in rows for _ in range(group)]
             batch = Batch(self.tokenizer, prompts, max_new_tokens, tuple(stop_strings), eos_set(eos), group)
-            begin = functools.partial(
-                beams.begin if search else pax.start,
-                self.model,
-                jnp.asarray(ids),
-                jnp.array(list(map(len, rows)), jnp.int32),
-                max_new_tokens=jnp.full(len(rows), max_new_tokens, jnp.int32),
-                max_model_len=width + new,
-                block_size=block_size,
-                num_blocks=num_blocks or pool_size(len(rows), width, new, group, block_size, width + new),
-                eos_token_id=eos,
-            )
+            given = self.model, jnp.asarray(ids), jnp.array(list(map(len, rows)), jnp.int32)
+            size = pool_size(len(rows), width, new, group, block_size, width + new)
+            sizes: dict[str, Any] = {
+                "max_new_tokens": jnp.full(len(rows), max_new_tokens, jnp.int32),
+                "max_model_len": width + new,
+                "block_size": block_size,
+                "num_blocks": size if num_blocks is None else num_blocks,
+                "eos_token_id": eos,
+            }
             if search:
-                yield from beams.drive(
-                    self.model, begin(**search), batch, num_return_sequences, budget, attention, steps
-                )
+                begun = beam.begin(*given, **search, **sizes)
+                yield from beams.drive(self.model, begun, batch, num_return_sequences, budget, attention, steps)
                 continue
             keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(first, first + len(rows)))
-            state = begin(num_return_sequences=num_return_sequences, key=keys, **sampling)
+            state = pax.start(*given, num_return_sequences=num_return_sequences, key=keys, **sizes, **sampling)
             if group > 1:
                 state = _fan_out(self.model, state, group=group, budget=budget, attention=attention)
             yield from _drive(self.model, state, batch, budget, attention, steps)

@@ -8,28 +8,19 @@
 The metric of Kwon et al. 2023, section 6.3: blocks saved by sharing / blocks without sharing.
 """
 
-import jax
 import jax.numpy as jnp
 
 from paxattn.pages import PageTable
-from paxattn.typing import Array, Float32, struct
+from paxattn.typing import Array, Float32, Int32, struct
 
 
 @struct
 class Sharing:
-    """Block counts of one moment, or their sums over many; float32, since a long run's sums outgrow int32."""
+    """Block counts of one moment, or their sums over many."""
 
-    held: Float32[Array, ""]
-    shared: Float32[Array, ""]  # of these, by more than one row
-    unshared: Float32[Array, ""]  # what the rows would hold if each had its own
-
-    @staticmethod
-    def zeros() -> "Sharing":
-        """Nothing counted yet."""
-        return Sharing(*(jnp.zeros((), jnp.float32) for _ in range(3)))
-
-    def __add__(self, other: "Sharing") -> "Sharing":
-        return jax.tree.map(jnp.add, self, other)
+    held: Int32[Array, ""] | Float32[Array, ""]
+    shared: Int32[Array, ""] | Float32[Array, ""]  # of these, by more than one row
+    unshared: Int32[Array, ""] | Float32[Array, ""]  # what the rows would hold if each had its own
 
     @property
     def saving(self) -> Float32[Array, ""]:
@@ -39,9 +30,8 @@ class Sharing:
 
 def sharing(table: PageTable) -> Sharing:
     """The count of a page table as it stands: three reductions."""
-    counts = (
+    return Sharing(
         table.blocks.num_used,
-        jnp.sum(table.blocks.refcount > 1),
-        jnp.sum(table.pages_for(table.length)),
+        jnp.sum(table.blocks.refcount > 1, dtype=jnp.int32),
+        jnp.sum(table.pages_for(table.length), dtype=jnp.int32),
     )
-    return Sharing(*(count.astype(jnp.float32) for count in counts))

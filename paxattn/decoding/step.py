@@ -39,7 +39,10 @@ class Finish(enum.IntEnum):
 
 @struct
 class Stats:
-    """Counters of a run. Blocks are counted when they leave the pool and when they return to it."""
+    """Counters of a run. Blocks are counted when they leave the pool and when they return to it.
+
+    Block steps are blocks summed over the steps, float32 since they outgrow int32: see `sharing`.
+    """
 
     steps: Int32[Array, ""]
     prefill_steps: Int32[Array, ""]
@@ -48,12 +51,19 @@ class Stats:
     blocks_freed: Int32[Array, ""]
     blocks_copied: Int32[Array, ""]
     blocks_peak: Int32[Array, ""]
-    sharing: Sharing  # summed over the steps
+    block_steps_held: Float32[Array, ""]
+    block_steps_shared: Float32[Array, ""]
+    block_steps_unshared: Float32[Array, ""]
 
     @staticmethod
     def zeros() -> "Stats":
         """Nothing counted yet."""
-        return Stats(*(jnp.zeros((), jnp.int32) for _ in range(7)), Sharing.zeros())
+        return Stats(*(jnp.zeros((), dtype) for dtype in 7 * [jnp.int32] + 3 * [jnp.float32]))
+
+    @property
+    def sharing(self) -> Sharing:
+        """What sharing saved over the whole run."""
+        return Sharing(self.block_steps_held, self.block_steps_shared, self.block_steps_unshared)
 
     def freed(self, before: PageTable, after: PageTable) -> "Stats":
         """Counts the blocks that a verb gave back."""
@@ -127,17 +137,19 @@ def feed(
     cache, plan, status = extend(state.cache, count, budget=budget, attention=attention)
     tokens = jnp.where(plan.live, state.tokens[plan.row, plan.position], 0)
     hidden, layers = model(tokens, plan, cache.layers)
-    held = cache.table.blocks.num_used
+    now = sharing(cache.table)
     stuck = state.running & (status != Status.OK)
     stats = dataclasses.replace(
         stats,
         steps=stats.steps + 1,
         prefill_steps=stats.prefill_steps + jnp.any(state.pending > 1),
         tokens_fed=stats.tokens_fed + plan.query_start[-1],
-        blocks_allocated=stats.blocks_allocated + held - before,
+        blocks_allocated=stats.blocks_allocated + now.held - before,
         blocks_copied=stats.blocks_copied + plan.copies.count,
-        blocks_peak=jnp.maximum(stats.blocks_peak, held),
-        sharing=stats.sharing + sharing(cache.table),
+        blocks_peak=jnp.maximum(stats.blocks_peak, now.held),
+        block_steps_held=stats.block_steps_held + now.held,
+        block_steps_shared=stats.block_steps_shared + now.shared,
+        block_steps_unshared=stats.block_steps_unshared + now.unshared,
     )
     fed = dataclasses.replace(
         state,

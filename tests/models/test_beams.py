@@ -49,19 +49,19 @@ def agree(got, wanted, scores, atol=1e-3):
 
 @pytest.mark.parametrize("name", TINY)
 @pytest.mark.parametrize("block_size", [1, 3, 16])
-def test_beams_equal_hugging_faces(name, block_size):
+@pytest.mark.parametrize("together", [True, False])
+def test_beams_equal_hugging_faces(name, block_size, together):
     model, expected = tiny(name)
     options = {"max_new_tokens": 24, "block_size": block_size}
-    for together in (True, False):
-        prompts = expected["prompts"]
-        batches = [prompts] if together else [[prompt] for prompt in prompts]
-        runs = [search(model, *packed(b), num_beams=4, num_return_sequences=4, **options) for b in batches]
-        found = [beams for run in runs for beams in sequences(run)]
-        for got, wanted, scores in zip(found, expected["beam4"], expected["beam4_scores"], strict=True):
-            agree(got, wanted, scores)
-        runs = [search(model, *packed(b), num_beams=3, length_penalty=2.0, **options) for b in batches]
-        for got, (wanted, score) in zip((s for r in runs for s in sequences(r)), expected["beam3_lp2"], strict=True):
-            agree(got, [wanted], [score])
+    prompts = expected["prompts"]
+    batches = [prompts] if together else [[prompt] for prompt in prompts]
+    runs = [search(model, *packed(b), num_beams=4, num_return_sequences=4, **options) for b in batches]
+    found = [beams for run in runs for beams in sequences(run)]
+    for got, wanted, scores in zip(found, expected["beam4"], expected["beam4_scores"], strict=True):
+        agree(got, wanted, scores)
+    runs = [search(model, *packed(b), num_beams=3, length_penalty=2.0, **options) for b in batches]
+    for got, (wanted, score) in zip((s for r in runs for s in sequences(r)), expected["beam3_lp2"], strict=True):
+        agree(got, [wanted], [score])
 
 
 CASES = json.loads((GOLDEN / "tiny_llama" / "beams.json").read_text())["cases"]

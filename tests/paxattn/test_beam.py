@@ -11,6 +11,7 @@ import pytest
 
 import paxattn as pax
 from paxattn.decoding import beam
+from paxattn.decoding.expand import top_k
 from tests.toys import Toy, prompts, tokens_of
 
 TOY = Toy.create()
@@ -204,7 +205,7 @@ def test_top_k_of_long_rows_is_the_plain_one(n):
     score = np.random.default_rng(n).integers(0, 40, (3, n)).astype(np.float32)
     score[1] = -np.inf
     score[1, [5, 700, 1999]] = 1, 2, 1
-    for got, want in zip(beam._top_k(jnp.asarray(score), 6), jax.lax.top_k(score, 6), strict=True):
+    for got, want in zip(top_k(jnp.asarray(score), 6), jax.lax.top_k(score, 6), strict=True):
         np.testing.assert_array_equal(got, want)
 
 
