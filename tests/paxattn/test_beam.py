@@ -102,6 +102,52 @@ def test_a_wide_search_is_brute_force(penalty):
     np.testing.assert_allclose([s for _, s in got], [score[t] for t, _ in got], atol=1e-5)
 
 
+class Markov:
+    """The next token depends on the last one alone: a search over it can be written down with lists."""
+
+    vocab_size, cache_spec = 12, pax.CacheSpec(0, 1, 1, jnp.float32)
+    logprob = np.asarray(jax.nn.log_softmax(1.5 * jax.random.normal(jax.random.key(8), (12, 12))))
+
+    def __call__(self, tokens, plan, layers):
+        return jnp.asarray(self.logprob)[tokens], layers
+
+    def logits(self, hidden):
+        return hidden
+
+
+def with_lists(last, k, new, eos, penalty, early):
+    """Hugging Face's rule for one prompt that ends in token `last`: [(tokens, score)], best first."""
+    live, ended = [((), 0.0)], []
+    for length in range(1, new + 1):
+        grown = [((*t, v), s + p) for t, s in live for v, p in enumerate(Markov.logprob[(last, *t)[-1]].tolist())]
+        best = sorted(grown, key=lambda c: -c[1])[: (1 + len(eos)) * k]
+        ends = [tokens[-1] in eos or length == new for tokens, _ in best]
+        ended += [(t, s / length**penalty) for (t, s), e in zip(best[:k], ends, strict=False) if e]
+        ended = sorted(ended, key=lambda c: -c[1])[:k]
+        live = [c for c, e in zip(best, ends, strict=True) if not e][:k]
+        far = new if early == "never" and penalty > 0 else length
+        if length == new or (len(ended) == k and (early is True or live[0][1] / far**penalty <= ended[-1][1])):
+            return ended
+
+
+@pytest.mark.parametrize("early", [False, True, "never"])
+def test_the_rule_written_with_lists(early):
+    """Every last token as a prompt, all in one batch, however early each of them ends."""
+
+    @jax.jit
+    def found(penalty):
+        return pax.beam_search(
+            Markov(), jnp.arange(12)[:, None], jnp.ones(12, jnp.int32), num_beams=3, num_return_sequences=3,
+            max_new_tokens=7, length_penalty=penalty, early_stopping=early, eos_token_id=(0, 5), block_size=2,
+        )  # fmt: skip
+
+    for penalty in (-1.0, 0.0, 1.0, 2.0):
+        for last, got in enumerate(sequences(found(penalty))):
+            want = with_lists(last, 3, 7, (0, 5), penalty, early)
+            assert [tokens for tokens, _ in got] == [tokens for tokens, _ in want]
+            np.testing.assert_allclose([s for _, s in got], [s for _, s in want], rtol=1e-5)
+
+
 def test_one_beam_is_greedy():
     options = {"max_new_tokens": NEW, "eos_token_id": EOS, "block_size": 3}
     greedy = jax.jit(lambda *p: pax.generate(TOY, *p, max_model_len=32, **options))(*prompts(LENGTHS))
