@@ -158,12 +158,13 @@ def main() -> None:
     parser.add_argument("--folder", default="h100")
     options = parser.parse_args()
 
-    def build(name: str):
+    def build(name: str):  # the name of the shapes that are measured, and the model
         config, dtype = CONFIGS[name], "bfloat16"
         if options.tiny:
-            config, dtype = dataclasses.replace(CONFIGS["135M"], num_hidden_layers=2, vocab_size=999), "float32"
+            name, dtype = "tiny", "float32"
+            config = dataclasses.replace(CONFIGS["135M"], num_hidden_layers=2, vocab_size=999)
         make = jax.jit(lambda key: models.random_llama(config, key, dtype))
-        return jax.block_until_ready(make(jax.random.key(0)))
+        return jax.block_until_ready(make(jax.random.key(0))), name
 
     counts, size = ((1, 2), 1 / 16) if options.tiny else ((1, 8, 32), 1)
     only, rows = options.only.split(","), []
@@ -173,19 +174,16 @@ def main() -> None:
         rows.append(row)
 
     if {"beams", "samples"} & set(only):
-        model = build("1B")
+        model, name = build("1B")
         for count in counts if "beams" in only else ():
-            add(measure_beams(model, "1B", count, 4, int(256 * size), int(128 * size), options))
+            add(measure_beams(model, name, count, 4, int(256 * size), int(128 * size), options))
         for count in counts[1:] if "samples" in only else ():
-            add(measure_samples(model, "1B", count, 8, int(1024 * size), int(128 * size), options))
+            add(measure_samples(model, name, count, 8, int(1024 * size), int(128 * size), options))
         del model
     if "requests" in only:
-        add(
-            measure_requests(
-                build("8B"), "8B", 2 if options.tiny else 100, 4, int(256 * size), int(256 * size), options
-            )
-        )
-    if options.save:
+        count = 2 if options.tiny else 100
+        add(measure_requests(*build("8B"), count, 4, int(256 * size), int(256 * size), options))
+    if options.save and not options.tiny:
         print(record.write("beam", rows, method=METHOD, folder=options.folder))
 
 
