@@ -5,7 +5,7 @@ lm.generate(["..."])                   text in, text out, through a paged cache
 lm.model                               a Llama that fulfils paxattn.Model
 """
 
-from models.batch import Output, Run
+from models.batch import Output, Run, Scored
 from models.config import ConfigError, LlamaConfig
 from models.llama import Llama, random_llama
 from models.lm import LM
@@ -20,6 +20,7 @@ __all__ = [
     "LlamaConfig",
     "Output",
     "Run",
+    "Scored",
     "load",
     "random_llama",
 ]

@@ -23,6 +23,17 @@ class Output:
     text: str | None  # None where the model has no tokenizer
     finish_reason: str
     logprobs: list[float]
+    sequences: list["Scored"] | None = None  # where several were asked for: all, best first; the first is this one
+
+
+@dataclasses.dataclass(frozen=True)
+class Scored:
+    """One of several sequences that answer a prompt. The score: sum of log-probabilities / length ** length_penalty."""
+
+    token_ids: list[int]
+    text: str | None
+    finish_reason: str
+    score: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,10 +49,11 @@ class Batch:
     """Reads the host's side of a batch in flight: tokens, text, stop strings."""
 
     tokenizer: Tokenizer | None
-    prompts: list[list[int]]
+    prompts: list[list[int]]  # one a row
     max_new_tokens: int
     stop_strings: tuple[str, ...]
     eos: frozenset[int]
+    group: int = 1  # rows a prompt
 
     def done(self, state: pax.State) -> bool:
         """Whether every row has ended."""
@@ -65,7 +77,11 @@ class Batch:
         for row, (prompt, tokens) in enumerate(zip(self.prompts, self.new_tokens(state), strict=True)):
             reason = pax.Finish(int(reasons[row])).label
             outputs.append(self.output(prompt, tokens, logprobs[row, len(prompt) :], reason))
-        return outputs
+        if self.group == 1:
+            return outputs
+        scores = [sum(output.logprobs) / max(len(output.logprobs), 1) for output in outputs]
+        groups = range(0, len(outputs), self.group)
+        return [together(outputs[i : i + self.group], scores[i : i + self.group]) for i in groups]
 
     def output(self, prompt: list[int], tokens: list[int], logprobs: Iterable[float], reason: str) -> Output:
         """One answer, cut where a stop string ends it."""
@@ -111,6 +127,20 @@ class Batch:
         if not found:
             return text, False, len(tokens)
         return text[: min(found)], True, next(n for n in range(1, len(tokens) + 1) if has_stop(n))
+
+
+def together(outputs: Sequence[Output], scores: Sequence[float]) -> Output:
+    """The sequences of one prompt as one answer: the best of them, and all of them best first."""
+    order = sorted(range(len(outputs)), key=lambda i: -scores[i])
+    ranked = [(outputs[i], scores[i]) for i in order]
+    sequences = [Scored(o.token_ids, o.text, o.finish_reason, score) for o, score in ranked]
+    return dataclasses.replace(ranked[0][0], sequences=sequences)
+
+
+def saving(stats: dict) -> float:
+    """Part of the blocks that sharing saved, over all steps: blocks saved / blocks without sharing."""
+    unshared = stats["block_steps_unshared"]
+    return (unshared - stats["block_steps_held"]) / max(unshared, 1)
 
 
 def bucket(n: int) -> int:

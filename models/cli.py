@@ -24,6 +24,8 @@ EXAMPLES = """examples:
   paxattn generate --prompt-ids "504,3575,282" --prompt-ids "1780" --max-new-tokens 8
   paxattn generate --prompt-file prompts.txt --temperature 0.8 --top-p 0.95 --seed 7
   paxattn generate "Once upon a time" --no-chat --stream --block-size 1
+  paxattn generate "The capital of France is" --no-chat --num-beams 4 --num-return-sequences 4 --json
+  paxattn generate "Name a colour." --num-return-sequences 4 --temperature 0.8
   paxattn inspect smollm2-135m
   paxattn convert smollm2-135m ./smollm2-orbax
   paxattn serve-bench --shapes tiny --requests 64 --max-num-seqs 16 --num-blocks 800 --json
@@ -85,6 +87,10 @@ def parser() -> argparse.ArgumentParser:
     add("--top-p", type=float, default=1.0, metavar="P", help="1 turns it off")
     add("--min-p", type=float, default=0.0, metavar="P", help="0 turns it off")
     add("--repetition-penalty", type=float, default=1.0, metavar="X", help="1 turns it off")
+    add("--num-return-sequences", type=int, default=1, metavar="M", help="answers a prompt; all are shown, best first")
+    add("--num-beams", type=int, default=1, metavar="N", help="above 1: beam search")
+    add("--length-penalty", type=float, default=1.0, metavar="P", help="beam score: log-probability / length ** P")
+    add("--early-stopping", default="false", choices=("false", "true", "never"), help="when beam search may stop")
     add("--seed", type=int, default=0)
     add(
         "--stop",
@@ -166,7 +172,9 @@ def _generate(options: argparse.Namespace) -> int:
         raise ValueError("--stream prints one answer as text; give one prompt and leave out --json.")
     knobs = ("chat", "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
     knobs += ("block_size", "num_blocks", "max_num_seqs", "max_num_batched_tokens", "attention")
+    knobs += ("num_return_sequences", "num_beams", "length_penalty")
     settings = {name: getattr(options, name) for name in knobs}
+    settings["early_stopping"] = {"false": False, "true": True}.get(options.early_stopping, options.early_stopping)
 
     import models
     from paxattn.viz import page_map
@@ -190,10 +198,16 @@ def _generate(options: argparse.Namespace) -> int:
     outputs, stats = run.outputs, run.stats
     if options.json:
         answers = [dataclasses.asdict(output) for output in outputs]
+        for answer in answers:
+            if answer["sequences"] is None:
+                del answer["sequences"]
         print(json.dumps({"model": lm.name, "outputs": answers, "stats": stats}, ensure_ascii=False))
         return 0
     for prompt, output in zip(prompts, outputs, strict=True):
-        print(f"\n> {prompt}\n{output.text if output.text is not None else output.token_ids}")
+        print(f"\n> {prompt}")
+        for answer in output.sequences or [output]:
+            score = f"[{answer.score:.4f}] " if isinstance(answer, models.Scored) else ""
+            print(f"{score}{answer.text if answer.text is not None else answer.token_ids}")
         if output.finish_reason not in ("stop", "length"):
             print(f"[ended early: {output.finish_reason}]")
     if options.show_pages:
@@ -209,6 +223,7 @@ def _summary(stats: dict) -> str:
         f"{stats['blocks_freed']} freed, {stats['blocks_copied']} copied, {stats['blocks_peak']} in use at most\n"
         f"room for {peak} tokens at the peak, {unpaged} without paging (every row as long as the longest may get): "
         f"{100 * (1 - peak / unpaged):.0f}% saved"
+        + (f"\nsharing saved {100 * saved:.0f}% of the blocks" if (saved := stats["sharing_saving"]) else "")
     )
 
 

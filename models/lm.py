@@ -18,11 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 
 import paxattn as pax
-from models.batch import Batch, Run, bucket, eos_set, merge
+from models import beams
+from models.batch import Batch, Run, bucket, eos_set, merge, saving
 from models.llama import Llama
 from models.many import answer_many
 from models.tokenizer import Detokenizer, Tokenizer
-from paxattn.decoding.generate import MAX_NUM_BATCHED_TOKENS
+from paxattn.decoding import beam
+from paxattn.decoding.generate import MAX_NUM_BATCHED_TOKENS, pool_size
 
 Prompt = str | Sequence[int]
 
@@ -30,6 +32,7 @@ MAX_NUM_SEQS = 64
 """Rows of a batch, by default."""
 
 _advance = jax.jit(pax.advance, static_argnames=("budget", "attention"), donate_argnames="state")
+_fan_out = jax.jit(pax.fan_out, static_argnames=("group", "budget", "attention"), donate_argnames="state")
 _stop = jax.jit(pax.stop, donate_argnums=0)
 
 
@@ -65,7 +68,8 @@ class LM:
           watch: called on the host with each state, of the batch or of the engine, that it sees; see `steps`.
           **options: see `batches`.
         """
-        if len(prompts) > options.get("max_num_seqs", MAX_NUM_SEQS):
+        grouped = any(options.get(name, 1) > 1 for name in ("num_beams", "num_return_sequences"))
+        if len(prompts) > options.get("max_num_seqs", MAX_NUM_SEQS) and not grouped:
             return self._generate_many(prompts, watch, **options)
         outputs, stats = [], {}
         for state, batch in self.batches(prompts, **options):
@@ -74,7 +78,7 @@ class LM:
             if batch.done(state):
                 outputs += batch.outputs(state)
                 stats = merge(stats, batch.stats(state))
-        return Run(outputs, stats)
+        return Run(outputs, stats | {"sharing_saving": saving(stats)})
 
     def _generate_many(
         self,
@@ -124,6 +128,8 @@ class LM:
         """Yields the answer to one prompt in pieces as it grows; their concatenation is the whole text."""
         if self.tokenizer is None:
             raise ValueError(f"{self.name} has no tokenizer, so there is no text to stream.")
+        if options.get("num_beams", 1) > 1 or options.get("num_return_sequences", 1) > 1:
+            raise ValueError("a stream is one answer that only grows; leave out num_beams and num_return_sequences.")
         sent = 0
         detokenizer = Detokenizer(self.tokenizer)
         text = ""
@@ -164,6 +170,10 @@ class LM:
         *,
         chat: bool | None = None,
         max_new_tokens: int = 64,
+        num_return_sequences: int = 1,
+        num_beams: int = 1,
+        length_penalty: float = 1.0,
+        early_stopping: bool | str = False,
         seed: int = 0,
         stop_strings: Sequence[str] = (),
         eos_token_id: int | Sequence[int] | None = None,
@@ -181,7 +191,11 @@ class LM:
           prompts: texts, or token ids.
           chat: through the chat template; by default where the model has one.
           max_new_tokens: of each answer.
-          seed: of the sampling keys; prompt i uses fold_in(key(seed), i).
+          num_return_sequences: answers a prompt: samples, or the best of its beams.
+          num_beams: above 1, beam search; it takes neither sampling knobs nor stop strings.
+          length_penalty: of beam search, as in `paxattn.beam_search`.
+          early_stopping: of beam search, likewise.
+          seed: of the sampling keys; prompt i uses fold_in(key(seed), i), its samples as `sample_keys` says.
           stop_strings: an answer ends before the first of these.
           eos_token_id: ends an answer; the checkpoint's by default, () for none.
           block_size: tokens a block.
@@ -193,29 +207,41 @@ class LM:
           **sampling: temperature, top_k, top_p, min_p, repetition_penalty.
         """
         encoded = self._encode_all(prompts, chat, max_new_tokens, max_num_seqs, stop_strings, steps)
+        if block_size < 1:
+            raise ValueError(f"block_size is {block_size}, must be at least 1.")
+        search = beams.options(num_beams, num_return_sequences, length_penalty, early_stopping, stop_strings, sampling)
+        group = num_beams if search else num_return_sequences
+        if group > max_num_seqs:
+            raise ValueError(f"a prompt takes {group} rows, more than max_num_seqs = {max_num_seqs}; raise it.")
         eos = self.model.config.eos_token_id if eos_token_id is None else eos_token_id
         steps = 8 if stop_strings and steps is None else steps
         key = jax.random.key(seed)
-        for first in range(0, len(encoded), max_num_seqs):
-            rows = encoded[first : first + max_num_seqs]
-            width = bucket(max(map(len, rows)))
+        for first in range(0, len(encoded), max_num_seqs // group):
+            rows = encoded[first : first + max_num_seqs // group]
+            width, new = bucket(max(map(len, rows))), bucket(max_new_tokens)
             ids = np.zeros((len(rows), width), np.int32)
             for row, tokens in enumerate(rows):
                 ids[row, : len(tokens)] = tokens
-            state = pax.start(
-                self.model,
-                jnp.asarray(ids),
-                jnp.array(list(map(len, rows)), jnp.int32),
-                max_new_tokens=jnp.full(len(rows), max_new_tokens, jnp.int32),
-                max_model_len=width + bucket(max_new_tokens),
-                block_size=block_size,
-                num_blocks=num_blocks,
-                eos_token_id=eos,
-                key=jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(first, first + len(rows))),
-                **sampling,
-            )
             budget = pax.prefill_budget(ids.shape, max_num_batched_tokens)
-            batch = Batch(self.tokenizer, rows, max_new_tokens, tuple(stop_strings), eos_set(eos))
+            prompts = [tokens for tokens in rows for _ in range(group)]
+            batch = Batch(self.tokenizer, prompts, max_new_tokens, tuple(stop_strings), eos_set(eos), group)
+            given = self.model, jnp.asarray(ids), jnp.array(list(map(len, rows)), jnp.int32)
+            size = pool_size(len(rows), width, new, group, block_size, width + new)
+            sizes: dict[str, Any] = {
+                "max_new_tokens": jnp.full(len(rows), max_new_tokens, jnp.int32),
+                "max_model_len": width + new,
+                "block_size": block_size,
+                "num_blocks": size if num_blocks is None else num_blocks,
+                "eos_token_id": eos,
+            }
+            if search:
+                begun = beam.begin(*given, **search, **sizes)
+                yield from beams.drive(self.model, begun, batch, num_return_sequences, budget, attention, steps)
+                continue
+            keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(first, first + len(rows)))
+            state = pax.start(*given, num_return_sequences=num_return_sequences, key=keys, **sizes, **sampling)
+            if group > 1:
+                state = _fan_out(self.model, state, group=group, budget=budget, attention=attention)
             yield from _drive(self.model, state, batch, budget, attention, steps)
 
 

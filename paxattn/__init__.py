@@ -3,6 +3,7 @@
 import paxattn as pax
 
 pax.generate(model, prompt_ids, prompt_length, max_new_tokens=64)      the whole flow
+pax.beam_search(model, prompt_ids, prompt_length, num_beams=4, ...)    likely continuations by a reordered page table
 pax.serve(model, requests, max_num_seqs=8), pax.Engine                 more requests than rows
 pax.append, fork, truncate, free                                       the verbs it is made of
 pax.paged_attention                                                    the kernel underneath
@@ -12,6 +13,8 @@ from pallas_kernels import paged_attention
 from paxattn.attention import attend
 from paxattn.blocks import NULL, Blocks, allocate, release, retain
 from paxattn.cache import KV, Cache, CacheSpec, Plan, extend, view, write
+from paxattn.decoding.beam import Beams, beam_search
+from paxattn.decoding.fan_out import fan_out
 from paxattn.decoding.generate import Generation, finish, generate, prefill_budget, start
 from paxattn.decoding.model import Model
 from paxattn.decoding.sampling import Sampling
@@ -21,15 +24,17 @@ from paxattn.serving.engine import Answer, Engine
 from paxattn.serving.loop import Served, serve
 from paxattn.serving.policy import Policy
 from paxattn.serving.queue import Requests
+from paxattn.sharing import Sharing, sharing
 from paxattn.status import PagingError, Status, check
 from paxattn.version import __version__
 
 __all__ = [  # noqa: RUF022 - in the order that a newcomer meets them
-    "generate", "Generation", "Finish", "Model", "Sampling",
-    "start", "advance", "step", "stop", "finish", "State", "Stats", "prefill_budget",
+    "generate", "Generation", "Finish", "Model", "Sampling", "beam_search", "Beams",
+    "start", "fan_out", "advance", "step", "stop", "finish", "State", "Stats", "prefill_budget",
     "serve", "Requests", "Served", "Policy", "Engine", "Answer",
     "Cache", "CacheSpec", "KV", "Plan", "extend", "write", "view", "attend", "paged_attention",
     "PageTable", "append", "fork", "truncate", "free", "locate", "violations",
+    "sharing", "Sharing",
     "Blocks", "allocate", "retain", "release", "NULL",
     "Status", "check", "PagingError", "__version__",
 ]  # fmt: skip

@@ -5,6 +5,7 @@ T  tokens fed in one step, all rows    D     head size
 P  pages a row                         L     layers
 N  blocks in a pool                    E, V  model width, vocabulary
 S  slots a block: the block size       M     tokens a row can hold
+R  prompts, where one has many rows    W     new tokens allowed; columns of a prompt array
 
 PageTable              Blocks                 pool of one layer [N, K, S, D]
 row 0: [ 3 | 1 | . ]   refcount[N]            block 0: NULL, never handed out

@@ -20,6 +20,7 @@ from tests.paths import ROOT
 
 PAGES, GENERATE = "tests/paxattn/test_pages.py", "tests/paxattn/test_generate.py"
 SERVING, ENGINE = "tests/paxattn/test_serving.py", "tests/paxattn/test_engine.py"
+BEAM, FAN_OUT = "tests/paxattn/test_beam.py", "tests/paxattn/test_fan_out.py"
 ATTENTION, SAMPLING = "tests/pallas_kernels/test_paged_attention.py", "tests/paxattn/test_sampling.py"
 
 
@@ -52,9 +53,9 @@ MUTANTS = (
     Mutant("values from keys", "pallas_kernels/xla.py", "_gather(v_pool, ids), 0)", "_gather(k_pool, ids), 0)", ATTENTION),
     Mutant("no rescaling of the running sum", "pallas_kernels/xla.py", "total * shrink + weight", "total + weight", ATTENTION),
     Mutant("the last chunk is skipped", "pallas_kernels/xla.py", "(jnp.max(position) + width) // width", "jnp.maximum(jnp.max(position), 1) // width", ATTENTION),
-    Mutant("finished rows keep their blocks", "paxattn/decoding/step.py", "free(cache.table, finish != Finish.RUNNING)", "free(cache.table, finish > 999)", GENERATE),
+    Mutant("finished rows keep their blocks", "paxattn/decoding/step.py", "free(state.cache.table, finish != Finish.RUNNING)", "free(state.cache.table, finish > 999)", GENERATE),
     Mutant("eos is not stopped at", "paxattn/decoding/step.py", "(token[:, None] == state.eos).any(axis=-1), Finish.STOP", "(token[:, None] < state.eos).any(axis=-1) & False, Finish.STOP", GENERATE),
-    Mutant("rows pick before their prompt is fed", "paxattn/decoding/step.py", "ok & (count > 0) & (cache.table.length == state.known)", "ok & (count > 0)", GENERATE),
+    Mutant("rows pick before their prompt is fed", "paxattn/decoding/step.py", "picks=(count > 0) & (fed.pending == 0)", "picks=count > 0", GENERATE),
     Mutant("decoding rows crowd out prompts", "paxattn/decoding/step.py", "deal(prompts, budget)", "deal(prompts, budget - jnp.sum(singles))", GENERATE),
     Mutant("NaN rows go on", "paxattn/decoding/step.py", "jnp.where(finite, ended, Finish.NOT_FINITE)", "ended", GENERATE),
     Mutant("noise is shared by rows", "paxattn/decoding/sampling.py", "noise(sampling.key, known)", "noise(jnp.broadcast_to(sampling.key[0], sampling.key.shape), known)", SAMPLING),
@@ -75,6 +76,22 @@ MUTANTS = (
     Mutant("cancelled requests keep their row", "paxattn/serving/service.py", 'rows = lines[service.line] & service.seated', 'rows = service.seated & False', ENGINE + "::test_cancel_anywhere"),
     Mutant("a line is given away too early", "paxattn/serving/engine.py", '[None if answer in leaving else answer for answer in self._lines]', '[None if a is None or a.finish_reason is not None else a for a in self._lines]', ENGINE + "::test_a_line_is_not_given_away_while_its_cancelled_request_still_sits"),
     Mutant("the penalty looks at another line", "paxattn/decoding/sampling.py", 'tokens if line is None else tokens[line]', 'tokens[: logits.shape[0]]', SERVING + "::test_the_oldest_request_is_never_preempted_and_moves_in_every_step"),
+    Mutant("samples of a prompt share a key", "paxattn/decoding/sampling.py", "jnp.where(jnp.arange(n) > 0, folded, key[:, None])", "jnp.where(jnp.arange(n) > n, folded, key[:, None])", FAN_OUT),
+    Mutant("followers feed the prompt too", "paxattn/decoding/fan_out.py", "jnp.where(row == leader, state.pending, 0)", "state.pending", FAN_OUT),
+    Mutant("a group forks from a neighbour", "paxattn/decoding/fan_out.py", "fork(state.cache.table, leader)", "fork(state.cache.table, (leader + group) % row.size)", FAN_OUT),
+    Mutant("shared blocks are not counted once", "paxattn/sharing.py", "table.blocks.num_used", "jnp.sum(table.blocks.refcount)", FAN_OUT),
+    Mutant("the pool is a block too small", "paxattn/decoding/generate.py", "-(-new // block_size) + 1", "-(-new // block_size) - 1", BEAM),
+    Mutant("beams keep their own cache", "paxattn/decoding/expand.py", "jnp.take_along_axis(parent, at, axis=1), -1)", "jnp.arange(prompts * k).reshape(prompts, k), -1)", BEAM),
+    Mutant("finished prompts keep their beams", "paxattn/decoding/expand.py", "axis=1), -1)  # no parent", "axis=1), jnp.arange(prompts * k).reshape(prompts, k))  # no parent", BEAM),
+    Mutant("hypotheses that end go on", "paxattn/decoding/expand.py", "jnp.where(has_ended, candidates.score + NEVER, candidates.score)", "candidates.score", BEAM),
+    Mutant("scores are not divided by length", "paxattn/decoding/expand.py", "new.astype(jnp.float32) ** search.length_penalty, NEVER", "1.0, NEVER", BEAM),
+    Mutant("the first step starts from all beams", "paxattn/decoding/beam.py", "jnp.where(jnp.arange(num_beams) == 0, 0.0, NEVER)", "jnp.zeros(num_beams)", BEAM),
+    Mutant("a failed step keeps hypotheses", "paxattn/decoding/expand.py", "has_ended & alive[:, None]", "has_ended", BEAM),
+    Mutant("sick beams go on", "paxattn/decoding/expand.py", "running & ~sick", "running", BEAM),
+    Mutant("chunks of top-k out of order", "paxattn/decoding/expand.py", "jnp.sort(jax.lax.top_k(chunks.max(axis=2), k)[1], axis=1)", "jax.lax.top_k(chunks.max(axis=2), k)[1]", BEAM),
+    Mutant("early stopping is ignored", "paxattn/decoding/expand.py", "(search.early_stopping is True)", "False", BEAM),
+    Mutant("a place for each candidate that ends", "paxattn/decoding/expand.py", "has_ended & (jnp.arange(has_ended.shape[1]) < k)", "has_ended", BEAM),
+    Mutant("never is like False", "paxattn/decoding/expand.py", '(search.early_stopping == "never")', "False", BEAM),
 )  # fmt: skip
 
 

@@ -3,12 +3,14 @@
     generate = finish . advance . start
 
     start    checks, allocates an empty cache, puts the prompts on the token buffer
+    fan_out  where a prompt has several rows: one feeds it, then they part (see fan_out.py)
     advance  chunked prefill, then decode, in one lax.while_loop (see step.py)
     finish   the new tokens of each row, why it ended, counters, and the cache
 
 Wrap it in `jax.jit` as you like; streaming calls `advance` a few steps at a time.
 """
 
+import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -18,8 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from paxattn.cache import Cache
+from paxattn.decoding.fan_out import fan_out
 from paxattn.decoding.model import Model
-from paxattn.decoding.sampling import Sampling
+from paxattn.decoding.sampling import Sampling, sample_keys
 from paxattn.decoding.step import Finish, State, Stats, advance
 from paxattn.status import Status
 from paxattn.typing import Array, Float32, Int32, struct
@@ -30,7 +33,10 @@ MAX_NUM_BATCHED_TOKENS = 512
 
 @struct
 class Generation:
-    """What came out. Rows are in the order of the prompts; W is the widest row's number of new tokens allowed."""
+    """What came out: rows in the order of the prompts, those of one prompt together.
+
+    W is the widest row's number of new tokens allowed.
+    """
 
     token_ids: Int32[Array, "B W"]  # new tokens, the eos token included if produced; 0 past `length`
     logprobs: Float32[Array, "B W"]  # of those tokens under the model, natural logarithm
@@ -47,6 +53,7 @@ def generate(
     prompt_length: Int32[Array, "B"],
     *,
     max_new_tokens: int | Int32[Array, "B"],
+    num_return_sequences: int = 1,
     max_model_len: int | None = None,
     max_num_batched_tokens: int = MAX_NUM_BATCHED_TOKENS,
     attention: str = "auto",
@@ -58,12 +65,14 @@ def generate(
       model: see `paxattn.decoding.model.Model`.
       prompt_ids: one prompt a row, anything past its length.
       prompt_length: at least 1.
-      max_new_tokens: for all rows, or one value a row. As a traced array it needs `max_model_len`.
+      max_new_tokens: for all prompts, or one value a prompt. As a traced array it needs `max_model_len`.
+      num_return_sequences: rows a prompt, static. The prompt is fed once and shared by its rows; row j of a prompt
+        samples with a key of its own, see `sample_keys`.
       max_model_len: tokens that a row can hold, prompt included; static. Widest prompt + new tokens by default.
       max_num_batched_tokens: tokens a prefill step feeds at most; longer prompts are fed in chunks. Static.
       attention: implementation of paged attention, by name.
       **options: what `start` takes: block_size, num_blocks, eos_token_id, and the sampling knobs temperature,
-        top_k, top_p, min_p, repetition_penalty (a number or one a row), key.
+        top_k, top_p, min_p, repetition_penalty (a number or one a prompt), key.
 
     Returns:
       A `Generation`. Running out of blocks is no exception here: see its status, and `paxattn.check`.
@@ -76,10 +85,13 @@ def generate(
         prompt_ids,
         prompt_length,
         max_new_tokens=max_new_tokens,
+        num_return_sequences=num_return_sequences,
         max_model_len=max_model_len,
         **options,
     )
     budget = prefill_budget(prompt_ids.shape, max_num_batched_tokens)
+    if num_return_sequences > 1:
+        state = fan_out(model, state, group=num_return_sequences, budget=budget, attention=attention)
     width = state.tokens.shape[1] - 1 if is_traced(max_new_tokens) else int(np.max(max_new_tokens))
     return finish(advance(model, state, budget=budget, attention=attention), width=width)
 
@@ -90,6 +102,7 @@ def start(
     prompt_length: Int32[Array, "B"],
     *,
     max_new_tokens: int | Int32[Array, "B"],
+    num_return_sequences: int = 1,
     max_model_len: int | None = None,
     block_size: int = 16,
     num_blocks: int | None = None,
@@ -103,40 +116,51 @@ def start(
       prompt_ids: as in `generate`.
       prompt_length: as in `generate`.
       max_new_tokens: as in `generate`.
+      num_return_sequences: rows a prompt; where it is above 1, `fan_out` comes before `advance`.
       max_model_len: as in `generate`.
       block_size: tokens a block holds; any size, unobservable in the tokens.
-      num_blocks: blocks in the pool, NULL included; enough for every row's limit by default.
+      num_blocks: blocks in the pool, NULL included; by default enough for every row's limit, with what the rows of
+        a prompt share counted once.
       eos_token_id: none, one or several ids that end a row.
       **sampling: see `Sampling.create`.
     """
-    rows, width = prompt_ids.shape
+    prompts, width = prompt_ids.shape
     if max_model_len is None:
         if is_traced(max_new_tokens):
             raise ValueError("max_new_tokens is traced, so it cannot size the page table: pass max_model_len.")
         max_model_len = width + int(np.max(max_new_tokens))
     check_prompts(model, prompt_ids, prompt_length, max_new_tokens, max_model_len, block_size, num_blocks, sampling)
+    if num_return_sequences < 1:
+        raise ValueError(f"num_return_sequences is {num_return_sequences}; it must be at least 1.")
     if num_blocks is None:
-        num_blocks = 1 + rows * -(-max_model_len // block_size)
+        alone = num_return_sequences == 1 or is_traced(max_new_tokens)
+        new = max_model_len if alone else int(np.max(max_new_tokens))
+        num_blocks = pool_size(prompts, width, new, num_return_sequences, block_size, max_model_len)
     cache = Cache.create(
         model.cache_spec,
         num_blocks=num_blocks,
         block_size=block_size,
-        max_num_seqs=rows,
+        max_num_seqs=prompts * num_return_sequences,
         max_model_len=max_model_len,
     )
-    prompt_length = jnp.array(prompt_length, jnp.int32)  # buffers of its own: the state may be donated
-    tokens = jnp.zeros((rows, max(max_model_len, width)), jnp.int32)
+
+    def rows(x):  # buffers of their own: the state may be donated
+        return jnp.repeat(x, num_return_sequences, axis=0)
+
+    sampling = Sampling.create(prompts, **sampling)
+    tokens = jnp.zeros((prompts, max(max_model_len, width)), jnp.int32).at[:, :width].set(prompt_ids)
+    prompt_length = jnp.asarray(prompt_length, jnp.int32)
     return State(
         cache=cache,
-        tokens=tokens.at[:, :width].set(prompt_ids),
-        logprobs=jnp.zeros(tokens.shape, jnp.float32),
-        line=jnp.arange(rows),
-        known=jnp.array(prompt_length),
-        prompt_length=prompt_length,
-        limit=prompt_length + jnp.asarray(max_new_tokens, jnp.int32),
-        finish=jnp.full(rows, Finish.RUNNING, jnp.int32),
+        tokens=rows(tokens),
+        logprobs=rows(jnp.zeros(tokens.shape, jnp.float32)),
+        line=jnp.arange(prompts * num_return_sequences),
+        known=jnp.array(rows(prompt_length)),
+        prompt_length=rows(prompt_length),
+        limit=rows(prompt_length + jnp.asarray(max_new_tokens, jnp.int32)),
+        finish=jnp.full(prompts * num_return_sequences, Finish.RUNNING, jnp.int32),
         eos=jnp.atleast_1d(jnp.asarray(eos_token_id, jnp.int32)),
-        sampling=Sampling.create(rows, **sampling),
+        sampling=dataclasses.replace(jax.tree.map(rows, sampling), key=sample_keys(sampling.key, num_return_sequences)),
         status=jnp.int32(Status.OK),
         stats=Stats.zeros(),
     )
@@ -161,6 +185,22 @@ def new_tokens(buffer: Array, prompt_length: Int32[Array, "R"], known: Int32[Arr
     new = at < known[:, None]
     at = jnp.minimum(at, buffer.shape[1] - 1)
     return jnp.where(new, jnp.take_along_axis(buffer, at, axis=1), 0)
+
+
+def pool_size(prompts: int, width: int, new: int, group: int, block_size: int, max_model_len: int) -> int:
+    """Blocks, NULL included, that are enough for `group` rows a prompt: whole blocks of the prompt count once.
+
+    Args:
+      prompts: how many, of at most `width` tokens.
+      width: of the widest prompt.
+      new: tokens that each row may add.
+      group: rows a prompt.
+      block_size: tokens a block.
+      max_model_len: tokens that a row can hold.
+    """
+    pages = -(-max_model_len // block_size)
+    private = min(pages, -(-new // block_size) + 1)
+    return 1 + prompts * min(group * pages, width // block_size + group * private)
 
 
 def prefill_budget(prompt_shape: tuple[int, ...], max_num_batched_tokens: int) -> int:

@@ -58,6 +58,16 @@ class Sampling:
         return jnp.all((self.temperature <= 0) & (self.repetition_penalty == 1))
 
 
+def sample_keys(key: Key[Array, "R"], n: int) -> Key[Array, "B"]:
+    """The keys of n samples a prompt, prompt by prompt.
+
+    Sample 0 has the prompt's own key, so asking for more samples changes none; sample j > 0 has fold_in(key, -j).
+    `pick` folds positions, which are never negative.
+    """
+    folded = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))(key, -jnp.arange(n))
+    return jnp.where(jnp.arange(n) > 0, folded, key[:, None]).ravel()
+
+
 def pick(
     logits: Float32[Array, "B V"],
     sampling: Sampling,

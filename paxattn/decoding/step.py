@@ -16,9 +16,10 @@ import jax.numpy as jnp
 from paxattn.cache import Cache, extend
 from paxattn.decoding.model import Model
 from paxattn.decoding.sampling import Sampling, pick
-from paxattn.pages import free
+from paxattn.pages import PageTable, free
+from paxattn.sharing import Sharing, sharing
 from paxattn.status import Status
-from paxattn.typing import Array, Bool, Float32, Int32, struct
+from paxattn.typing import Array, Bool, Float, Float32, Int32, struct
 
 
 class Finish(enum.IntEnum):
@@ -39,7 +40,10 @@ class Finish(enum.IntEnum):
 
 @struct
 class Stats:
-    """Counters of a run, int32 scalars. Blocks are counted when a page cell gains or loses one."""
+    """Counters of a run. Blocks are counted when they leave the pool and when they return to it.
+
+    Block steps are blocks summed over the steps, float32 since they outgrow int32: see `sharing`.
+    """
 
     steps: Int32[Array, ""]
     prefill_steps: Int32[Array, ""]
@@ -48,11 +52,25 @@ class Stats:
     blocks_freed: Int32[Array, ""]
     blocks_copied: Int32[Array, ""]
     blocks_peak: Int32[Array, ""]
+    block_steps_held: Float32[Array, ""]
+    block_steps_shared: Float32[Array, ""]
+    block_steps_unshared: Float32[Array, ""]
 
     @staticmethod
     def zeros() -> "Stats":
         """Nothing counted yet."""
-        return Stats(*(jnp.zeros((), jnp.int32) for _ in range(7)))
+        return Stats(*(jnp.zeros((), dtype) for dtype in 7 * [jnp.int32] + 3 * [jnp.float32]))
+
+    @property
+    def sharing(self) -> Sharing:
+        """What sharing saved over the whole run."""
+        return Sharing(self.block_steps_held, self.block_steps_shared, self.block_steps_unshared)
+
+    def freed(self, before: PageTable, after: PageTable) -> "Stats":
+        """Counts the blocks that a verb gave back."""
+        return dataclasses.replace(
+            self, blocks_freed=self.blocks_freed + before.blocks.num_used - after.blocks.num_used
+        )
 
 
 @struct
@@ -116,65 +134,96 @@ def step(
 ) -> State:
     """Feeds up to `budget` tokens, `count[b]` of row b (as `share` deals them by default), picks, retires, frees.
 
-    When blocks run out the rows still running end as OUT_OF_BLOCKS with what they have. `plain` promises that
-    `state.is_plain`: what a step without sharing and sampling does not need is then left out of the program.
+    `plain` promises that `state.is_plain`: what a step without sharing and sampling does not need is then left out
+    of the program.
     """
-    before = state.cache.table.blocks.num_used
     count = share(state.pending, budget) if count is None else count
-    cache, plan, status = extend(state.cache, count, budget=budget, attention=attention, shared=not plain)
-    ok = status == Status.OK
-    held = cache.table.blocks.num_used
+    fed, newest = feed(model, state, count, budget=budget, attention=attention, plain=plain)
+    return settle(model, fed, newest, picks=(count > 0) & (fed.pending == 0), plain=plain)
 
-    fed = jnp.where(plan.live, state.tokens[state.line[plan.row], plan.position], 0)
-    hidden, layers = model(fed, plan, cache.layers)
-    picks = ok & (count > 0) & (cache.table.length == state.known)
-    logits = model.logits(hidden[plan.last])
+
+def feed(
+    model: Model,
+    state: State,
+    count: Int32[Array, "B"],
+    *,
+    budget: int,
+    attention: str = "auto",
+    plain: bool = False,
+) -> tuple[State, Float[Array, "B E"]]:
+    """Feeds `count[b]` pending tokens of each row: paging, the model, the counters; picks nothing.
+
+    When blocks run out nothing is fed, and the rows still running end as OUT_OF_BLOCKS with what they have.
+
+    Returns:
+      The state, and the hidden state of each row's newest token (of some other token where count is 0).
+    """
+    before, stats = state.cache.table.blocks.num_used, state.stats
+    cache, plan, status = extend(state.cache, count, budget=budget, attention=attention, shared=not plain)
+    tokens = jnp.where(plan.live, state.tokens[state.line[plan.row], plan.position], 0)
+    hidden, layers = model(tokens, plan, cache.layers)
+    now = sharing(cache.table)
+    stuck = state.running & (status != Status.OK)
+    stats = dataclasses.replace(
+        stats,
+        steps=stats.steps + 1,
+        prefill_steps=stats.prefill_steps + jnp.any(state.pending > 1),
+        tokens_fed=stats.tokens_fed + plan.query_start[-1],
+        blocks_allocated=stats.blocks_allocated + now.held - before,
+        blocks_copied=stats.blocks_copied + plan.copies.count,
+        blocks_peak=jnp.maximum(stats.blocks_peak, now.held),
+        block_steps_held=stats.block_steps_held + now.held,
+        block_steps_shared=stats.block_steps_shared + now.shared,
+        block_steps_unshared=stats.block_steps_unshared + now.unshared,
+    )
+    fed = dataclasses.replace(
+        state,
+        cache=Cache(cache.table, layers),
+        finish=jnp.where(stuck, jnp.int32(Finish.OUT_OF_BLOCKS), state.finish),
+        status=jnp.where(state.status == Status.OK, status, state.status),
+        stats=stats,
+    )
+    return fed, hidden[plan.last]
+
+
+def settle(
+    model: Model, state: State, newest: Float[Array, "B E"], *, picks: Bool[Array, "B"], plain: bool = False
+) -> State:
+    """Picks the next token of the running rows in `picks`, retires rows and frees what they held."""
+    logits = model.logits(newest)
     token, logprob = pick(logits, state.sampling, state.tokens, state.known, state.line, greedy=plain)
     finite = ~jnp.isnan(logprob)
 
+    picks = picks & state.running
     column = jnp.where(picks & finite, state.known, state.tokens.shape[1])
     known = state.known + (picks & finite)
-    finish = _finish(state, picks, finite, token, known, status)
-    table = free(cache.table, finish != Finish.RUNNING)
-
-    stats = Stats(
-        steps=state.stats.steps + 1,
-        prefill_steps=state.stats.prefill_steps + jnp.any(state.pending > 1),
-        tokens_fed=state.stats.tokens_fed + jnp.where(ok, jnp.sum(count), 0),
-        blocks_allocated=state.stats.blocks_allocated + held - before,
-        blocks_freed=state.stats.blocks_freed + held - table.blocks.num_used,
-        blocks_copied=state.stats.blocks_copied + plan.copies.count,
-        blocks_peak=jnp.maximum(state.stats.blocks_peak, held),
-    )
+    finish = _finish(state, picks, finite, token, known)
+    table = free(state.cache.table, finish != Finish.RUNNING)
     return dataclasses.replace(
         state,
-        cache=Cache(table, layers),
+        cache=Cache(table, state.cache.layers),
         tokens=state.tokens.at[state.line, column].set(token, mode="drop"),
         logprobs=state.logprobs.at[state.line, column].set(logprob, mode="drop"),
         known=known,
         finish=finish,
-        status=jnp.where(state.status == Status.OK, status, state.status),
-        stats=stats,
+        stats=state.stats.freed(state.cache.table, table),
     )
 
 
-def _finish(state, picks, finite, token, known, status):
+def _finish(state, picks, finite, token, known):
     ended = jnp.where(known >= state.limit, Finish.LENGTH, Finish.RUNNING)
     ended = jnp.where((token[:, None] == state.eos).any(axis=-1), Finish.STOP, ended)
     ended = jnp.where(finite, ended, Finish.NOT_FINITE)
-    finish = jnp.where(picks, ended, state.finish)
-    stuck = state.running & (status != Status.OK)
-    return jnp.where(stuck, Finish.OUT_OF_BLOCKS, finish).astype(jnp.int32)
+    return jnp.where(picks, ended, state.finish).astype(jnp.int32)
 
 
 def stop(state: State, rows: Bool[Array, "B"]) -> State:
     """Ends rows from outside (a stop string, a cancelled request); their blocks are free at once."""
     rows = rows & state.running
-    cache = Cache(free(state.cache.table, rows), state.cache.layers)
-    freed = state.cache.table.blocks.num_used - cache.table.blocks.num_used
-    stats = dataclasses.replace(state.stats, blocks_freed=state.stats.blocks_freed + freed)
+    table = free(state.cache.table, rows)
+    stats = state.stats.freed(state.cache.table, table)
     finish = jnp.where(rows, jnp.int32(Finish.STOP), state.finish)
-    return dataclasses.replace(state, cache=cache, finish=finish, stats=stats)
+    return dataclasses.replace(state, cache=Cache(table, state.cache.layers), finish=finish, stats=stats)
 
 
 def advance(

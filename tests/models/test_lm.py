@@ -72,7 +72,7 @@ def test_sampling_follows_the_seed(lm):
         ([5], {"max_new_tokens": 9000}, "max_position_embeddings"),
         ([5], {"max_new_tokens": 0}, "max_new_tokens is 0"),
         ([5], {"temperature": -1.0}, "temperature is -1"),
-        ([5], {"num_beams": 2}, "unknown options num_beams"),
+        ([5], {"num_beam": 2}, "unknown options num_beam"),
         ([5], {"max_num_seqs": 0}, "max_num_seqs is 0"),
         ([5] * 40, {"num_blocks": 2}, "never fits"),
     ],
