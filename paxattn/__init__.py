@@ -3,6 +3,7 @@
 import paxattn as pax
 
 pax.generate(model, prompt_ids, prompt_length, max_new_tokens=64)      the whole flow
+pax.speculate(model, prompt_ids, prompt_length, drafter=pax.NGram(), ...)   faster
 pax.append, fork, truncate, free                                       the verbs it is made of
 pax.paged_attention                                                    the kernel underneath
 """
@@ -11,9 +12,11 @@ from pallas_kernels import paged_attention
 from paxattn.attention import attend
 from paxattn.blocks import NULL, Blocks, allocate, release, retain
 from paxattn.cache import KV, Cache, CacheSpec, Plan, extend, view, write
+from paxattn.decoding.drafters import Draft, Drafter, DraftModel, NGram
 from paxattn.decoding.generate import Generation, finish, generate, prefill_budget, start
 from paxattn.decoding.model import Model
 from paxattn.decoding.sampling import Sampling
+from paxattn.decoding.speculative import Speculation, Tally, speculate
 from paxattn.decoding.step import Finish, State, Stats, advance, step, stop
 from paxattn.pages import PageTable, append, fork, free, locate, truncate, violations
 from paxattn.status import PagingError, Status, check
@@ -21,6 +24,7 @@ from paxattn.version import __version__
 
 __all__ = [  # noqa: RUF022 - in the order that a newcomer meets them
     "generate", "Generation", "Finish", "Model", "Sampling",
+    "speculate", "Drafter", "Draft", "NGram", "DraftModel", "Speculation", "Tally",
     "start", "advance", "step", "stop", "finish", "State", "Stats", "prefill_budget",
     "Cache", "CacheSpec", "KV", "Plan", "extend", "write", "view", "attend", "paged_attention",
     "PageTable", "append", "fork", "truncate", "free", "locate", "violations",
