@@ -5,10 +5,12 @@ State (device) --Batch.outputs--> [Output(text, token_ids, finish_reason, logpro
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 import paxattn as pax
+from models.speculation import rows_of
 from models.tokenizer import Tokenizer
 
 
@@ -28,7 +30,7 @@ class Run:
     """Answers of a call, in the order of the prompts, and its counters summed over batches."""
 
     outputs: list[Output]
-    stats: dict[str, int | float]
+    stats: dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,13 +69,15 @@ class Batch:
             outputs.append(Output(prompt, tokens[:kept], text, reason.label, [float(p) for p in chosen]))
         return outputs
 
-    def stats(self, state: pax.State) -> dict[str, int]:
+    def stats(self, state: pax.State) -> dict[str, Any]:
         """The run's counters, and what a cache without paging would have reserved."""
         table, stats = state.cache.table, state.stats
         counted = {f.name: int(getattr(stats, f.name)) for f in dataclasses.fields(stats)}
         widest = max(len(p) for p in self.prompts) + self.max_new_tokens
+        guessed = {"speculation": rows_of(state.tally)} if isinstance(state, pax.Speculation) else {}
         return {
             **counted,
+            **guessed,
             "block_size": table.block_size,
             "num_blocks": table.blocks.refcount.size,
             "tokens_reserved_peak": counted["blocks_peak"] * table.block_size,
@@ -114,9 +118,9 @@ def eos_set(eos: int | Sequence[int]) -> frozenset[int]:
 
 
 def merge(total: dict, part: dict) -> dict:
-    """Counters of two batches: sums, and the larger of what is a size."""
+    """Counters of two batches: sums, the larger of what is a size, the rows of both."""
     highest = {"blocks_peak", "block_size", "num_blocks", "tokens_reserved_peak", "tokens_reserved_unpaged"}
     return {
-        name: (max if name in highest else lambda a, b: a + b)(total.get(name, 0), value)
+        name: (max if name in highest else lambda a, b: a + b)(total.get(name, type(value)()), value)
         for name, value in part.items()
     }

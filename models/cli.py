@@ -21,6 +21,7 @@ EXAMPLES = """examples:
   paxattn generate --prompt-ids "504,3575,282" --prompt-ids "1780" --max-new-tokens 8
   paxattn generate --prompt-file prompts.txt --temperature 0.8 --top-p 0.95 --seed 7
   paxattn generate "Once upon a time" --no-chat --stream --block-size 1
+  paxattn generate "Count: 1 2 3 1 2 3 1 2" --no-chat --speculate ngram --json
   paxattn inspect smollm2-135m
   paxattn convert smollm2-135m ./smollm2-orbax
 """
@@ -82,6 +83,8 @@ def parser() -> argparse.ArgumentParser:
     add("--min-p", type=float, default=0.0, metavar="P", help="0 turns it off")
     add("--repetition-penalty", type=float, default=1.0, metavar="X", help="1 turns it off")
     add("--seed", type=int, default=0)
+    add("--speculate", metavar="HOW", help="guess and verify: ngram, self:M (first M layers), draft:SRC (a checkpoint)")
+    add("--num-speculative-tokens", type=int, default=4, metavar="K", help="tokens guessed a step at most")
     add(
         "--stop",
         action="append",
@@ -159,6 +162,7 @@ def _generate(options: argparse.Namespace) -> int:
         raise ValueError("--stream prints one answer as text; give one prompt and leave out --json.")
     knobs = ("chat", "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
     knobs += ("block_size", "num_blocks", "max_num_seqs", "max_num_batched_tokens", "attention")
+    knobs += ("speculate", "num_speculative_tokens")
     settings = {name: getattr(options, name) for name in knobs}
 
     import models
@@ -197,11 +201,18 @@ def _generate(options: argparse.Namespace) -> int:
 
 def _summary(stats: dict) -> str:
     peak, unpaged = stats["tokens_reserved_peak"], stats["tokens_reserved_unpaged"]
+    guessed = ""
+    if spec := stats.get("speculation"):
+        guessed = (
+            f"\n{spec['tokens_per_step']:.2f} tokens a verify step of a row: {spec['accepted']} of {spec['drafted']} "
+            f"guessed tokens held; blocks: {spec['blocks_reserved']} reserved for guesses, "
+            f"{spec['blocks_rolled_back']} rolled back"
+        )
     return (
         f"{stats['steps']} steps, {stats['tokens_fed']} tokens fed; blocks: {stats['blocks_allocated']} allocated, "
         f"{stats['blocks_freed']} freed, {stats['blocks_copied']} copied, {stats['blocks_peak']} in use at most\n"
         f"room for {peak} tokens at the peak, {unpaged} without paging (every row as long as the longest may get): "
-        f"{100 * (1 - peak / unpaged):.0f}% saved"
+        f"{100 * (1 - peak / unpaged):.0f}% saved{guessed}"
     )
 
 

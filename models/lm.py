@@ -20,12 +20,15 @@ import numpy as np
 import paxattn as pax
 from models.batch import Batch, Run, bucket, eos_set, merge
 from models.llama import Llama
+from models.speculation import drafter, report
 from models.tokenizer import Detokenizer, Tokenizer
+from paxattn.decoding import speculative
 from paxattn.decoding.generate import MAX_NUM_BATCHED_TOKENS
 
 Prompt = str | Sequence[int]
 
 _advance = jax.jit(pax.advance, static_argnames=("budget", "attention"), donate_argnames="state")
+_speculate = jax.jit(speculative.advance, static_argnames=("k", "budget", "attention"), donate_argnames="state")
 _stop = jax.jit(pax.stop, donate_argnums=0)
 
 
@@ -70,6 +73,8 @@ class LM:
             if batch.done(state):
                 outputs += batch.outputs(state)
                 stats = merge(stats, batch.stats(state))
+        if "speculation" in stats:
+            stats["speculation"] = report(stats["speculation"])
         return Run(outputs, stats)
 
     def stream(self, prompt: Prompt, *, steps: int = 4, **options: Any) -> Iterator[str]:
@@ -125,6 +130,8 @@ class LM:
         max_num_batched_tokens: int = MAX_NUM_BATCHED_TOKENS,
         attention: str = "auto",
         steps: int | None = None,
+        speculate: pax.Drafter | str | None = None,
+        num_speculative_tokens: int = 4,
         **sampling: Any,
     ) -> Iterator[tuple[pax.State, Batch]]:
         """Runs the prompts batch by batch and yields each state that the host gets to see.
@@ -142,6 +149,8 @@ class LM:
           max_num_batched_tokens: tokens a prefill step feeds at most.
           attention: implementation of paged attention.
           steps: yield each this many steps; by default only at the end (8 where there are stop strings).
+          speculate: a drafter, or its name: ngram, self:M (layers), draft:SRC (a checkpoint). By default none.
+          num_speculative_tokens: tokens that it guesses a step at most.
           **sampling: temperature, top_k, top_p, min_p, repetition_penalty.
         """
         encoded = [self.encode(prompt, chat=chat) for prompt in prompts]
@@ -166,6 +175,9 @@ class LM:
         eos = self.model.config.eos_token_id if eos_token_id is None else eos_token_id
         steps = 8 if stop_strings and steps is None else steps
         key = jax.random.key(seed)
+        guesser = drafter(speculate, self, attention=attention) if isinstance(speculate, str) else speculate
+        k = num_speculative_tokens
+        turn = _advance if guesser is None else functools.partial(_speculate, drafter=guesser, k=k)
         for first in range(0, len(encoded), max_num_seqs):
             rows = encoded[first : first + max_num_seqs]
             width = bucket(max(map(len, rows)))
@@ -184,15 +196,18 @@ class LM:
                 key=jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(first, first + len(rows))),
                 **sampling,
             )
+            if guesser is not None:
+                state = speculative.begin(guesser, state, k=k)
             budget = pax.prefill_budget(ids.shape, max_num_batched_tokens)
             batch = Batch(self.tokenizer, rows, max_new_tokens, tuple(stop_strings), eos_set(eos))
-            yield from _drive(self.model, state, batch, budget, attention, steps)
+            advance = functools.partial(turn, self.model, budget=budget, attention=attention)
+            yield from _drive(advance, state, batch, steps)
 
 
-def _drive(model, state, batch, budget, attention, steps) -> Iterator[tuple[pax.State, Batch]]:
+def _drive(advance, state, batch, steps) -> Iterator[tuple[pax.State, Batch]]:
     more = jnp.int32(2**30 if steps is None else steps)
     while True:
-        state = _advance(model, state, budget=budget, steps=more, attention=attention)
+        state = advance(state=state, steps=more)
         hit = batch.stop_rows(state)
         if hit.any():
             state = _stop(state, jnp.asarray(hit))

@@ -64,6 +64,8 @@ class NGram:
 
     def init(self, state: State, k: int) -> tuple[()]:
         """Remembers nothing: the tokens are all it needs."""
+        if self.n < 1:
+            raise ValueError(f"n is {self.n}, must be at least 1 token to look for.")
         return ()
 
     def propose(self, carry: tuple[()], state: State, k: int) -> tuple[Draft, tuple[()]]:
