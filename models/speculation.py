@@ -25,8 +25,8 @@ def drafter(name: str, lm: "LM", *, attention: str = "auto") -> pax.Drafter:
         from models.load import load
 
         draft = load(what, dtype=lm.model.cache_spec.dtype)
-        same = draft.tokenizer is None or lm.tokenizer is None
-        if not same and draft.tokenizer.hf.get_vocab() != lm.tokenizer.hf.get_vocab():
+        ours, its = lm.tokenizer, draft.tokenizer
+        if ours is not None and its is not None and ours.hf.get_vocab() != its.hf.get_vocab():
             raise ValueError(f"{what} has another vocabulary than {lm.name}, so it cannot draft for it.")
         return pax.DraftModel(draft.model, attention)
     raise ValueError(f"speculate is {name!r}; choose ngram, self:M (layers) or draft:SRC (a checkpoint).")

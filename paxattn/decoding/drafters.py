@@ -125,15 +125,15 @@ class DraftModel:
         # A guess that held in full leaves two tokens unread: its last and the target's own.
         cache = jax.lax.while_loop(lambda cache: jnp.any(behind(cache) > 2), read, carry)
 
-        def guess(carry, i, budget=rows):
-            cache, tokens = carry
+        def guess(drafting, i, budget=rows):
+            cache, tokens = drafting
             cache, hidden = self._feed(cache, tokens, behind(cache) + jnp.where(state.running, i, 0), budget)
             token, probability = _guess(self.model.logits(hidden), sampling, tokens, state.known + i)
             tokens = tokens.at[jnp.arange(rows), state.known + i].set(token)
             return (cache, tokens), (token, probability)
 
-        carry, first = guess((cache, tokens), 0, budget=2 * rows)
-        (cache, _), rest = jax.lax.scan(guess, carry, jnp.arange(1, k))
+        drafting, first = guess((cache, tokens), 0, budget=2 * rows)
+        (cache, _), rest = jax.lax.scan(guess, drafting, jnp.arange(1, k))
         token, probability = jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]).swapaxes(0, 1), first, rest)
         return Draft(token, jnp.full(rows, k, jnp.int32), probability), cache
 

@@ -48,6 +48,20 @@ def test_the_page_map_and_the_saving_are_shown(capsys):
     assert "% saved" in out
 
 
+def test_speculation_equals_greedy_and_counts(capsys):
+    common = ["generate", "--prompt-ids", "5,6,7,5,6,7,5", "--model", TINY, "--max-new-tokens", 12, "--block-size", 3]
+    plain = json.loads(run(capsys, *common, "--json")[1])
+    code, out, _ = run(capsys, *common, "--json", "--speculate", "ngram", "--num-speculative-tokens", 5)
+    assert code == 0
+    answer = json.loads(out)
+    assert answer["outputs"][0]["token_ids"] == plain["outputs"][0]["token_ids"]
+    (row,) = answer["stats"]["speculation"]["rows"]
+    assert set(row) == {"steps", "tokens", "tokens_per_step", "drafted", "accepted", "blocks_reserved",
+                        "blocks_rolled_back"}  # fmt: skip
+    assert row["tokens"] == 11
+    assert "guessed tokens held" in run(capsys, *common, "--speculate", "ngram", "--num-speculative-tokens", 5)[2]
+
+
 def test_inspect(capsys):
     code, out, _ = run(capsys, "inspect", TINY, "--json")
     facts = json.loads(out)
@@ -66,6 +80,7 @@ def test_inspect(capsys):
         (["generate", "--prompt-ids", "1", "--model", TINY, "--block-size", "0"], "block_size is 0"),
         (["generate", "--prompt-ids", "1", "--model", TINY, "--attention", "flash"], "'flash' is unknown"),
         (["generate", "hello", "--model", TINY], "has no tokenizer"),
+        (["generate", "--prompt-ids", "1", "--model", TINY, "--speculate", "self"], "speculate is 'self'"),
         (["generate", "a", "b", "--stream"], "--stream prints one answer"),
         (["generate", "--prompt-file", "/no/such/file"], "/no/such/file"),
     ],
