@@ -93,11 +93,8 @@ def measure(model, rows: int, prompt: int, ks: list[int], chances: list[float], 
     for k in ks:
 
         def run(drafter, repeats, k=k):
-            return timed(
-                lambda s: speculatively(model, drafter, s, k=k, budget=budget),
-                lambda: begin(drafter, prefilled(), k=k),
-                repeats,
-            )
+            turn = functools.partial(speculatively, model, drafter, k=k, budget=budget)
+            return timed(turn, lambda: begin(drafter, prefilled(), k=k), repeats)
 
         blank = jnp.zeros((rows, width), jnp.int32)
         answer = jnp.array(run(Oracle(blank, jnp.ones_like(blank, bool)), 0)[0].tokens)

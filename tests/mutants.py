@@ -64,6 +64,7 @@ MUTANTS = (
     Mutant("speculation: rejected tokens stay in the cache", "paxattn/decoding/speculative.py", "jnp.where(after.running, after.known - 1, 0)", "jnp.where(after.running, cache.table.length, 0)", SPECULATIVE),
     Mutant("speculation: one token too many is rolled back", "paxattn/decoding/speculative.py", "jnp.where(after.running, after.known - 1, 0)", "jnp.where(after.running, after.known - 2, 0)", SPECULATIVE),
     Mutant("speculation: the draft's cache is not rolled back", "paxattn/decoding/drafters.py", "truncate(carry.table, jnp.where(state.running, state.known - 1, 0))", "truncate(carry.table, jnp.where(state.running, 9999, 0))", SPECULATIVE),
+    Mutant("speculation: the draft reads the token it should go on from", "paxattn/decoding/drafters.py", "jnp.maximum(behind(cache) - 1, 0)", "behind(cache)", SPECULATIVE),
     Mutant("speculation: finished rows keep the draft's blocks", "paxattn/decoding/drafters.py", "jnp.where(state.running, state.known - 1, 0))", "state.known - 1)", SPECULATIVE),
     Mutant("speculation: eos inside a run is passed over", "paxattn/decoding/speculative.py", "_before(agrees & ~ends)", "_before(agrees)", SPECULATIVE),
     Mutant("speculation: no bonus where all held", "paxattn/decoding/speculative.py", "picks[:, None] & _before(", "picks[:, None] & (place < jnp.maximum(count[:, None] - 1, 1)) & _before(", SPECULATIVE),

@@ -118,9 +118,9 @@ class DraftModel:
         def behind(cache):
             return jnp.where(state.running, state.known - cache.table.length, 0)
 
-        def read(cache):
+        def read(cache):  # all but the newest token, whose scores are wanted below
             budget = min(CATCH_UP, rows * width)
-            return self._feed(cache, tokens, share(behind(cache), budget), budget)[0]
+            return self._feed(cache, tokens, share(jnp.maximum(behind(cache) - 1, 0), budget), budget)[0]
 
         # A guess that held in full leaves two tokens unread: its last and the target's own.
         cache = jax.lax.while_loop(lambda cache: jnp.any(behind(cache) > 2), read, carry)

@@ -115,6 +115,12 @@ def test_the_distribution_is_the_targets(drafter, knobs):
     assert 0.05 < accepted < 0.95, "guesses are accepted and rejected"
 
 
+def test_a_guess_equal_in_distribution_is_always_accepted():
+    """p = q: nothing is left to draw from, and rounding must not matter."""
+    _, tally = sampled(pax.DraftModel(CHAIN), jax.random.key(0), OFF | KNOBS[1], 2)
+    assert float(tally.accepted.sum() / tally.drafted.sum()) > 0.999
+
+
 def always(logits, sampling, tokens, at, guess, real, probability):
     """Every guess is good enough."""
     return jnp.where(real, guess, right(logits, sampling, tokens, at, guess, real, None))
@@ -178,9 +184,3 @@ def test_greedy_rows_beside_sampled_ones_are_greedy_under_random_guesses():
         assert tokens_of(result)[row] == want[row]
     assert tally.accepted.sum() > 0
     assert (result.length == NEW).all()
-
-
-def test_a_guess_equal_in_distribution_is_always_accepted():
-    """p = q: nothing is left to draw from, and rounding must not matter."""
-    _, tally = sampled(pax.DraftModel(CHAIN), jax.random.key(0), OFF | KNOBS[1], 2)
-    assert float(tally.accepted.sum() / tally.drafted.sum()) > 0.999
