@@ -73,6 +73,7 @@ MUTANTS = (
     Mutant("speculation: the pool does not shorten guesses", "paxattn/decoding/speculative.py", "fits.sum(axis=-1, dtype=jnp.int32))", "k + 1)", SPECULATIVE),
     Mutant("speculation: fast rows starve slow ones", "paxattn/decoding/speculative.py", "jnp.minimum(state.origin + ahead[..., None], limit) - 1", "jnp.minimum(state.known + 1 + jnp.arange(k + 1)[:, None] + 0 * ahead[..., None], limit) - 1", SPECULATIVE),
     Mutant("speculation: tokens with NaN scores are kept", "paxattn/decoding/speculative.py", "kept = due & finite & _before(finite)", "kept = due", SPECULATIVE),
+    Mutant("speculation: a guess of NaN ends the row", "paxattn/decoding/speculative.py", "sick & (count == 1)", "sick", SPECULATIVE),
     Mutant("speculation: scores of the wrong place", "paxattn/decoding/speculative.py", "jnp.minimum(place, jnp.maximum(count[:, None] - 1, 0))", "jnp.minimum(place + 1, jnp.maximum(count[:, None] - 1, 0))", SPECULATIVE),
     Mutant("speculation: the penalty does not see the guess", "paxattn/decoding/speculative.py", "take(logits, state.sampling, tokens, at,", "take(logits, state.sampling, state.tokens, at,", VERDICT),
     Mutant("speculation: u is compared with p, not p / q", "paxattn/decoding/rejection.py", "u * _chosen(q, guess) < _chosen(p, guess)", "u < _chosen(p, guess)", VERDICT),

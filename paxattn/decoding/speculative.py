@@ -26,7 +26,7 @@ from paxattn.decoding.sampling import logprob
 from paxattn.decoding.step import Finish, State, step
 from paxattn.pages import PageTable, truncate
 from paxattn.status import Status
-from paxattn.typing import Array, Int32, struct
+from paxattn.typing import Array, Bool, Int32, struct
 
 
 @struct
@@ -52,6 +52,7 @@ class Speculation(State):
 
     carry: Any  # the drafter's
     origin: Int32[Array, "B"]  # `known` when the last prompt was fed, where all rows set out together
+    wary: Bool[Array, "B"]  # scores were NaN with a guess behind them: one step without, to see whose NaN it is
     tally: Tally
 
 
@@ -103,7 +104,11 @@ def begin(drafter: Drafter, state: State, *, k: int) -> Speculation:
     parts = {field.name: getattr(state, field.name) for field in dataclasses.fields(State)}
     # Buffers of its own: the state may be donated.
     return Speculation(
-        **parts, carry=drafter.init(state, k), origin=jnp.array(state.known), tally=Tally.zeros(state.known.size)
+        **parts,
+        carry=drafter.init(state, k),
+        origin=jnp.array(state.known),
+        wary=jnp.zeros(state.known.size, bool),
+        tally=Tally.zeros(state.known.size),
     )
 
 
@@ -141,7 +146,7 @@ def verify(model: Model, state: Speculation, draft: Draft, *, attention: str = "
     When not even one token a row finds room the rows still running end as OUT_OF_BLOCKS, as in `step`.
     """
     rows, k = draft.tokens.shape
-    count = _counts(state, draft.count, k)
+    count = _counts(state, jnp.where(state.wary, 0, draft.count), k)
     cache, plan, status = extend(state.cache, count, budget=rows * (k + 1), attention=attention)
     picks = (status == Status.OK) & (count > 0)
 
@@ -164,7 +169,8 @@ def verify(model: Model, state: Speculation, draft: Draft, *, attention: str = "
     known = state.known + kept.sum(axis=1, dtype=jnp.int32)
     ended = jnp.where(known >= state.limit, Finish.LENGTH, Finish.RUNNING)
     ended = jnp.where((kept & ends).any(axis=1), Finish.STOP, ended)
-    ended = jnp.where((due & ~kept).any(axis=1), Finish.NOT_FINITE, ended)
+    sick = (due & ~kept).any(axis=1)
+    ended = jnp.where(sick & (count == 1), Finish.NOT_FINITE, ended)
     ended = jnp.where(picks, ended, jnp.where(status == Status.OK, state.finish, Finish.OUT_OF_BLOCKS))
     ended = jnp.where(state.running, ended, state.finish).astype(jnp.int32)
     logprobs = logprob(logits, taken.ravel()).reshape(rows, k + 1)
@@ -174,6 +180,7 @@ def verify(model: Model, state: Speculation, draft: Draft, *, attention: str = "
         logprobs=_put(state.logprobs, at, logprobs, kept),
         known=known,
         finish=ended,
+        wary=sick & (count > 1),
         status=jnp.where(state.status == Status.OK, status, state.status),
     )
     table = truncate(cache.table, jnp.where(after.running, after.known - 1, 0))

@@ -266,7 +266,10 @@ def test_a_guess_of_16_of_which_8_hold():
 
 
 def test_nan_scores_end_that_row_only_and_what_held_before_is_kept():
-    """A token whose scores are NaN is guessed rightly: the row ends where plain decoding ends it."""
+    """A token whose keys, values and scores are NaN is guessed rightly: rows end where plain decoding ends them.
+
+    In one tile of attention the value of a guess can reach the queries before it as 0 * NaN.
+    """
     new = baseline(1)
     sick = next(token for i, token in enumerate(new) if i > 2 and token not in new[:i])
     toy = Toy(TOY.embed.at[sick, 0].set(jnp.nan), TOY.head, TOY.qkv, TOY.out)
