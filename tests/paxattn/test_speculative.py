@@ -11,8 +11,6 @@ import pytest
 import paxattn as pax
 from paxattn.decoding.speculative import advance, begin
 from paxattn.typing import struct
-from tests.paths import ROOT
-from tests.test_docs import blocks
 from tests.toys import DIM, KV_HEADS, VOCAB, Toy, prompts, tokens_of
 
 TOY = Toy.create()
@@ -357,11 +355,3 @@ def test_the_pure_function_gives_what_generate_gives():
     want = jax.jit(lambda: pax.generate(TOY, *prompts(LENGTHS), max_new_tokens=9))()
     np.testing.assert_allclose(result.logprobs[:, :9], want.logprobs, atol=1e-4)
     assert tally.steps.shape == (ROWS,)
-
-
-def test_the_drafter_of_the_documents_works():
-    (code,) = blocks((ROOT / "docs" / "architecture.md").read_text("utf-8"), "python")
-    names = {}
-    exec(code, names)
-    state = check(names["Habit"](VOCAB), started(block_size=3), 5)
-    assert int(state.tally.drafted.sum()) > int(state.tally.accepted.sum()) > 0
