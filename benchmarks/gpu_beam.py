@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import record
-from shapes import CONFIGS
 
 import models
 import paxattn as pax
+from models.shapes import CONFIGS
 from paxattn.decoding import beam
 
 VLLM_MS = {1: 9.67, 8: 26.94, 32: 85.43}

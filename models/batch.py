@@ -6,10 +6,12 @@ State (device) --Batch.outputs--> [Output(text, token_ids, finish_reason, logpro
 import dataclasses
 import itertools
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
 import paxattn as pax
+from models.speculation import rows_of
 from models.tokenizer import Tokenizer
 from paxattn.serving.service import Service
 
@@ -41,7 +43,7 @@ class Run:
     """Answers of a call, in the order of the prompts, and its counters summed over batches."""
 
     outputs: list[Output]
-    stats: dict[str, int | float]
+    stats: dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,13 +95,15 @@ class Batch:
         """Whether the text of an answer holds a stop string."""
         return self._cut(tokens)[1]
 
-    def stats(self, state: pax.State | Service) -> dict[str, int]:
+    def stats(self, state: pax.State | Service) -> dict[str, Any]:
         """The run's counters, and what a cache without paging would have reserved."""
         table, stats = state.cache.table, state.stats
         counted = {f.name: int(getattr(stats, f.name)) for f in dataclasses.fields(stats)}
         widest = max(len(p) for p in self.prompts) + self.max_new_tokens
+        guessed = {"speculation": rows_of(state.tally)} if isinstance(state, pax.Speculation) else {}
         return {
             **counted,
+            **guessed,
             "block_size": table.block_size,
             "num_blocks": table.blocks.refcount.size,
             "tokens_reserved_peak": counted["blocks_peak"] * table.block_size,
@@ -154,9 +158,9 @@ def eos_set(eos: int | Sequence[int]) -> frozenset[int]:
 
 
 def merge(total: dict, part: dict) -> dict:
-    """Counters of two batches: sums, and the larger of what is a size."""
+    """Counters of two batches: sums, the larger of what is a size, the rows of both."""
     highest = {"blocks_peak", "block_size", "num_blocks", "tokens_reserved_peak", "tokens_reserved_unpaged"}
     return {
-        name: (max if name in highest else lambda a, b: a + b)(total.get(name, 0), value)
+        name: (max if name in highest else lambda a, b: a + b)(total.get(name, type(value)()), value)
         for name, value in part.items()
     }

@@ -26,6 +26,7 @@ EXAMPLES = """examples:
   paxattn generate "Once upon a time" --no-chat --stream --block-size 1
   paxattn generate "The capital of France is" --no-chat --num-beams 4 --num-return-sequences 4 --json
   paxattn generate "Name a colour." --num-return-sequences 4 --temperature 0.8
+  paxattn generate "Count: 1 2 3 1 2 3 1 2" --no-chat --speculate ngram --json
   paxattn inspect smollm2-135m
   paxattn convert smollm2-135m ./smollm2-orbax
   paxattn serve-bench --shapes tiny --requests 64 --max-num-seqs 16 --num-blocks 800 --json
@@ -92,6 +93,8 @@ def parser() -> argparse.ArgumentParser:
     add("--length-penalty", type=float, default=1.0, metavar="P", help="beam score: log-probability / length ** P")
     add("--early-stopping", default="false", choices=("false", "true", "never"), help="when beam search may stop")
     add("--seed", type=int, default=0)
+    add("--speculate", metavar="HOW", help="guess and verify: ngram, self:M (first M layers), draft:SRC (a checkpoint)")
+    add("--num-speculative-tokens", type=int, default=4, metavar="K", help="tokens guessed a step at most")
     add(
         "--stop",
         action="append",
@@ -173,6 +176,7 @@ def _generate(options: argparse.Namespace) -> int:
     knobs = ("chat", "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
     knobs += ("block_size", "num_blocks", "max_num_seqs", "max_num_batched_tokens", "attention")
     knobs += ("num_return_sequences", "num_beams", "length_penalty")
+    knobs += ("speculate", "num_speculative_tokens")
     settings = {name: getattr(options, name) for name in knobs}
     settings["early_stopping"] = {"false": False, "true": True}.get(options.early_stopping, options.early_stopping)
 
@@ -218,11 +222,18 @@ def _generate(options: argparse.Namespace) -> int:
 
 def _summary(stats: dict) -> str:
     peak, unpaged = stats["tokens_reserved_peak"], stats["tokens_reserved_unpaged"]
+    guessed = ""
+    if spec := stats.get("speculation"):
+        guessed = (
+            f"\n{spec['tokens_per_step']:.2f} tokens a verify step of a row: {spec['accepted']} of {spec['drafted']} "
+            f"guessed tokens held; blocks: {spec['blocks_reserved']} reserved for guesses, "
+            f"{spec['blocks_rolled_back']} rolled back"
+        )
     return (
         f"{stats['steps']} steps, {stats['tokens_fed']} tokens fed; blocks: {stats['blocks_allocated']} allocated, "
         f"{stats['blocks_freed']} freed, {stats['blocks_copied']} copied, {stats['blocks_peak']} in use at most\n"
         f"room for {peak} tokens at the peak, {unpaged} without paging (every row as long as the longest may get): "
-        f"{100 * (1 - peak / unpaged):.0f}% saved"
+        f"{100 * (1 - peak / unpaged):.0f}% saved{guessed}"
         + (f"\nsharing saved {100 * saved:.0f}% of the blocks" if (saved := stats["sharing_saving"]) else "")
     )
 

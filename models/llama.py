@@ -8,6 +8,7 @@ Layers are unrolled and each holds arrays of its own: a scan over stacked weight
 one [E, 2, F]: two matmuls where the checkpoint has five.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -98,6 +99,14 @@ class Llama(nnx.Module):
         """Every parameter under the name that `init` was asked for."""
         flat = nnx.to_flat_state(nnx.state(self, nnx.Param))
         return {".".join(map(str, path)): param[...] for path, param in flat}
+
+    def first(self, layers: int) -> "Llama":
+        """The first layers under the same norm and head, sharing every array: a drafter for the whole."""
+        if not 1 <= layers <= self.config.num_hidden_layers:
+            raise ValueError(f"the model has {self.config.num_hidden_layers} layers; {layers} cannot be its first.")
+        params = self.parameters()
+        config = dataclasses.replace(self.config, num_hidden_layers=layers)
+        return Llama(config, lambda name, shape: params[name])
 
     @property
     def vocab_size(self) -> int:

@@ -22,8 +22,9 @@ from models import beams
 from models.batch import Batch, Run, bucket, eos_set, merge, saving
 from models.llama import Llama
 from models.many import answer_many
+from models.speculation import drafter, report
 from models.tokenizer import Detokenizer, Tokenizer
-from paxattn.decoding import beam
+from paxattn.decoding import beam, speculative
 from paxattn.decoding.generate import MAX_NUM_BATCHED_TOKENS, pool_size
 
 Prompt = str | Sequence[int]
@@ -31,8 +32,14 @@ Prompt = str | Sequence[int]
 MAX_NUM_SEQS = 64
 """Rows of a batch, by default."""
 
+_BATCH_ONLY = {
+    "num_return_sequences", "num_beams", "length_penalty", "early_stopping", "speculate", "num_speculative_tokens",
+}  # fmt: skip
+"""Options of batches alone; the engine's rows are not tied to one another."""
+
 _advance = jax.jit(pax.advance, static_argnames=("budget", "attention"), donate_argnames="state")
 _fan_out = jax.jit(pax.fan_out, static_argnames=("group", "budget", "attention"), donate_argnames="state")
+_speculate = jax.jit(speculative.advance, static_argnames=("k", "budget", "attention"), donate_argnames="state")
 _stop = jax.jit(pax.stop, donate_argnums=0)
 
 
@@ -69,8 +76,12 @@ class LM:
           **options: see `batches`.
         """
         grouped = any(options.get(name, 1) > 1 for name in ("num_beams", "num_return_sequences"))
-        if len(prompts) > options.get("max_num_seqs", MAX_NUM_SEQS) and not grouped:
-            return self._generate_many(prompts, watch, **options)
+        if (
+            len(prompts) > options.get("max_num_seqs", MAX_NUM_SEQS)
+            and not grouped
+            and options.get("speculate") is None
+        ):
+            return self._generate_many(prompts, watch, **{k: v for k, v in options.items() if k not in _BATCH_ONLY})
         outputs, stats = [], {}
         for state, batch in self.batches(prompts, **options):
             if watch is not None:
@@ -78,6 +89,8 @@ class LM:
             if batch.done(state):
                 outputs += batch.outputs(state)
                 stats = merge(stats, batch.stats(state))
+        if "speculation" in stats:
+            stats["speculation"] = report(stats["speculation"])
         return Run(outputs, stats | {"sharing_saving": saving(stats)})
 
     def _generate_many(
@@ -99,7 +112,8 @@ class LM:
         defaults = {"seed": 0, "block_size": 16, "num_blocks": None, "attention": "auto"}
         defaults |= {"max_num_batched_tokens": MAX_NUM_BATCHED_TOKENS, "steps": steps or 8}
         options = defaults | options
-        return answer_many(self.model, batch, eos_token_id=eos, max_num_seqs=max_num_seqs, watch=watch, **options)
+        run = answer_many(self.model, batch, eos_token_id=eos, max_num_seqs=max_num_seqs, watch=watch, **options)
+        return Run(run.outputs, run.stats | {"sharing_saving": saving(run.stats)})
 
     def _encode_all(self, prompts, chat, max_new_tokens, max_num_seqs, stop_strings, steps) -> list[list[int]]:
         """Token ids of all prompts; refuses what no batch could answer."""
@@ -183,6 +197,8 @@ class LM:
         max_num_batched_tokens: int = MAX_NUM_BATCHED_TOKENS,
         attention: str = "auto",
         steps: int | None = None,
+        speculate: pax.Drafter | str | None = None,
+        num_speculative_tokens: int = 4,
         **sampling: Any,
     ) -> Iterator[tuple[pax.State, Batch]]:
         """Runs the prompts batch by batch and yields each state that the host gets to see.
@@ -204,6 +220,8 @@ class LM:
           max_num_batched_tokens: tokens a prefill step feeds at most.
           attention: implementation of paged attention.
           steps: yield each this many steps; by default only at the end (8 where there are stop strings).
+          speculate: a drafter, or its name: ngram, self:M (layers), draft:SRC (a checkpoint). By default none.
+          num_speculative_tokens: tokens that it guesses a step at most.
           **sampling: temperature, top_k, top_p, min_p, repetition_penalty.
         """
         encoded = self._encode_all(prompts, chat, max_new_tokens, max_num_seqs, stop_strings, steps)
@@ -216,6 +234,12 @@ class LM:
         eos = self.model.config.eos_token_id if eos_token_id is None else eos_token_id
         steps = 8 if stop_strings and steps is None else steps
         key = jax.random.key(seed)
+        guesser = drafter(speculate, self, attention=attention) if isinstance(speculate, str) else speculate
+        if guesser is not None and group > 1:
+            raise ValueError("speculate answers a prompt once; leave out num_beams and num_return_sequences.")
+        turn, k = _advance, num_speculative_tokens
+        if guesser is not None:
+            turn = functools.partial(_speculate, drafter=guesser, k=k)
         for first in range(0, len(encoded), max_num_seqs // group):
             rows = encoded[first : first + max_num_seqs // group]
             width, new = bucket(max(map(len, rows))), bucket(max_new_tokens)
@@ -242,13 +266,16 @@ class LM:
             state = pax.start(*given, num_return_sequences=num_return_sequences, key=keys, **sizes, **sampling)
             if group > 1:
                 state = _fan_out(self.model, state, group=group, budget=budget, attention=attention)
-            yield from _drive(self.model, state, batch, budget, attention, steps)
+            if guesser is not None:
+                state = speculative.begin(guesser, state, k=k)
+            advance = functools.partial(turn, self.model, budget=budget, attention=attention)
+            yield from _drive(advance, state, batch, steps)
 
 
-def _drive(model, state, batch, budget, attention, steps) -> Iterator[tuple[pax.State, Batch]]:
+def _drive(advance, state, batch, steps) -> Iterator[tuple[pax.State, Batch]]:
     more = jnp.int32(2**30 if steps is None else steps)
     while True:
-        state = _advance(model, state, budget=budget, steps=more, attention=attention)
+        state = advance(state=state, steps=more)
         hit = batch.stop_rows(state)
         if hit.any():
             state = _stop(state, jnp.asarray(hit))

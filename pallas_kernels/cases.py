@@ -6,6 +6,7 @@
 """
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import numpy as np
@@ -68,34 +69,34 @@ CASES = {
     "mixed": Case((64, 31, 0, 8, 200), (16, 1, 0, 8, 1), idle=3),
 }
 
-_8B = {"heads": 32, "kv_heads": 8, "head_dim": 128, "block_size": 16}
-_TINY = {"heads": 4, "kv_heads": 2, "head_dim": 64, "block_size": 16}
+_llama = functools.partial(Case, heads=32, kv_heads=8, head_dim=128, block_size=16)
+_tiny = functools.partial(Case, heads=4, kv_heads=2, head_dim=64, block_size=16)
 
 HOPPER_CASES = {  # head sizes, block sizes and lengths that the kernels for Hopper are made for
-    "decode": Case((5000, 8, 1, 130, 15, 16, 17, 64, 65, 63), (1,) * 10, **_8B),
+    "decode": _llama((5000, 8, 1, 130, 15, 16, 17, 64, 65, 63), (1,) * 10),
     "decode-block-8": Case((5, 8, 1, 130, 700), (1,) * 5, heads=9, kv_heads=3, head_dim=64, block_size=8),
-    "decode-block-128": Case((5000, 8, 1, 130, 127, 128, 129), (1,) * 7, **{**_8B, "block_size": 128}),
+    "decode-block-128": _llama((5000, 8, 1, 130, 127, 128, 129), (1,) * 7, block_size=128),
     "decode-mha": Case((5, 8, 1, 130, 700), (1,) * 5, heads=3, kv_heads=3, head_dim=64, block_size=16),
     "decode-mqa": Case((5000, 8, 1, 130), (1,) * 4, heads=64, kv_heads=1, head_dim=128, block_size=16),
     "decode-head-256": Case((5000, 8, 1, 130), (1,) * 4, heads=8, kv_heads=2, head_dim=256, block_size=16),
-    "decode-idle-rows": Case((5, 0, 3000), (1, 0, 1), idle=1, **_8B),
-    "decode-giant-among-tiny": Case((20000, *(1,) * 30), (1,) * 31, **_8B),
+    "decode-idle-rows": _llama((5, 0, 3000), (1, 0, 1), idle=1),
+    "decode-giant-among-tiny": _llama((20000, *(1,) * 30), (1,) * 31),
     "decode-512-rows": Case(tuple(range(1, 513)), (1,) * 512, heads=8, kv_heads=2, head_dim=128, block_size=16),
-    "decode-shared": Case((1200, 900, 55), (1, 1, 1), shared=True, **_8B),
-    "decode-window": Case((9, 3000, 64, 200, 100, 101), (1,) * 6, sliding_window=100, **_8B),
-    "decode-soft-cap": Case((9, 70, 2000), (1, 1, 1), soft_cap=2.0, **_8B),
-    "decode-scale": Case((9, 70, 2000), (1, 1, 1), scale=0.3, **_8B),
-    "verify": Case((9, 1000, 6, 77), (4, 4, 4, 4), **_8B),
-    "verify-ragged": Case((900, 1000, 60, 77), (8, 8, 3, 8), idle=5, **_8B),
-    "verify-window": Case((9, 3000, 64, 200), (4,) * 4, sliding_window=100, **_8B),
+    "decode-shared": _llama((1200, 900, 55), (1, 1, 1), shared=True),
+    "decode-window": _llama((9, 3000, 64, 200, 100, 101), (1,) * 6, sliding_window=100),
+    "decode-soft-cap": _llama((9, 70, 2000), (1, 1, 1), soft_cap=2.0),
+    "decode-scale": _llama((9, 70, 2000), (1, 1, 1), scale=0.3),
+    "verify": _llama((9, 1000, 6, 77), (4, 4, 4, 4)),
+    "verify-ragged": _llama((900, 1000, 60, 77), (8, 8, 3, 8), idle=5),
+    "verify-window": _llama((9, 3000, 64, 200), (4,) * 4, sliding_window=100),
 }
 
 TINY_CASES = {  # small enough to run the kernels' bodies in an interpreter
-    "decode": Case((5, 8, 1, 130), (1, 1, 1, 1), **{**_TINY, "block_size": 8}),
-    "decode-odd-group": Case((5, 0, 150), (1, 0, 1), idle=1, **{**_TINY, "heads": 6}),
-    "decode-window": Case((9, 200, 64), (1, 1, 1), sliding_window=70, **_TINY),
-    "decode-soft-cap": Case((9, 70), (1, 1), soft_cap=2.0, **{**_TINY, "head_dim": 128, "block_size": 64}),
-    "verify": Case((9, 100, 6), (4, 4, 4), **_TINY),
+    "decode": _tiny((5, 8, 1, 130), (1, 1, 1, 1), block_size=8),
+    "decode-odd-group": _tiny((5, 0, 150), (1, 0, 1), idle=1, heads=6),
+    "decode-window": _tiny((9, 200, 64), (1, 1, 1), sliding_window=70),
+    "decode-soft-cap": _tiny((9, 70), (1, 1), soft_cap=2.0, head_dim=128, block_size=64),
+    "verify": _tiny((9, 100, 6), (4, 4, 4)),
 }
 
 

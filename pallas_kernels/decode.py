@@ -60,7 +60,7 @@ def paged_attention(
         sliding_window=sliding_window,
     )
     used = tile * group
-    packed = q if tile == 1 else q[tiles.index].reshape(-1, tile, heads, head_dim).swapaxes(1, 2)
+    packed = q if tile == 1 else q[tiles.token].reshape(-1, tile, heads, head_dim).swapaxes(1, 2)
     packed = packed.reshape(-1, kv_heads, used, head_dim)
     # A copy of 8 rows reads zeros past the end of `used` rows and writes nothing there; the interpreter cannot.
     least = -(-used // 8) * 8 if interpret else max(used, 128 // head_dim)

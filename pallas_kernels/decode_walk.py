@@ -1,7 +1,7 @@
 """A decode call's sizes, its memory, and the way of a worker through its share of the items."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,32 +14,36 @@ ROWS = 64
 """Rows of a warpgroup's matrix product: queries of a tile times query heads of a KV head, at most."""
 
 
+Ref = Any
+"""Memory as a kernel's body sees it: the checker knows no type for all of them."""
+
+
 class Barriers(NamedTuple):
     """One for each buffer of queries and each slot of the K and V rings."""
 
-    q: jax.Array
-    k: jax.Array
-    v: jax.Array
+    q: Ref
+    k: Ref
+    v: Ref
 
 
 class Refs(NamedTuple):
     """Global memory, then shared memory of one block, then its barriers."""
 
-    q: jax.Array  # [n, K, rows, D]
-    k: jax.Array  # [N, K, S, D]
-    v: jax.Array
-    pages: jax.Array
-    tile: jax.Array  # of the schedule
-    share: jax.Array
-    out: jax.Array  # [n, K, rows, D]
-    lse: jax.Array  # [n, K, 8 or more]
-    part: jax.Array  # [2 * workers, 2, rows, D]: a result in two halves, high and low bits
-    part_lse: jax.Array  # [2 * workers, 8 or more]
-    q_ring: jax.Array
-    k_ring: jax.Array
-    v_ring: jax.Array
-    weights: jax.Array | None
-    lse_stage: jax.Array
+    q: Ref  # [n, K, rows, D]
+    k: Ref  # [N, K, S, D]
+    v: Ref
+    pages: Ref
+    tile: Ref  # of the schedule
+    share: Ref
+    out: Ref  # [n, K, rows, D]
+    lse: Ref  # [n, K, 8 or more]
+    part: Ref  # [2 * workers, 2, rows, D]: a result in two halves, high and low bits
+    part_lse: Ref  # [2 * workers, 8 or more]
+    q_ring: Ref
+    k_ring: Ref
+    v_ring: Ref
+    weights: Ref  # of the interpreter only
+    lse_stage: Ref
     full: Barriers
     free: Barriers
 

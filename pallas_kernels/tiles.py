@@ -13,7 +13,7 @@ class QueryTiles(NamedTuple):
     """n tiles of `tile` queries; those past the end of a row are padding."""
 
     row: jax.Array  # int32 [n]
-    index: jax.Array  # int32 [n, tile] of each query on the token axis
+    token: jax.Array  # int32 [n, tile] each query's place on the token axis
     position: jax.Array  # int32 [n, tile] of each query in its row, -1 for padding
     place: jax.Array  # int32 [T] of each token in the flattened tiles
 

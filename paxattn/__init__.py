@@ -5,6 +5,7 @@ import paxattn as pax
 pax.generate(model, prompt_ids, prompt_length, max_new_tokens=64)      the whole flow
 pax.beam_search(model, prompt_ids, prompt_length, num_beams=4, ...)    likely continuations by a reordered page table
 pax.serve(model, requests, max_num_seqs=8), pax.Engine                 more requests than rows
+pax.speculate(model, prompt_ids, prompt_length, drafter=pax.NGram(), ...)   faster
 pax.append, fork, truncate, free                                       the verbs it is made of
 pax.paged_attention                                                    the kernel underneath
 """
@@ -14,10 +15,12 @@ from paxattn.attention import attend
 from paxattn.blocks import NULL, Blocks, allocate, release, retain
 from paxattn.cache import KV, Cache, CacheSpec, Plan, extend, view, write
 from paxattn.decoding.beam import Beams, beam_search
+from paxattn.decoding.drafters import Draft, Drafter, DraftModel, NGram
 from paxattn.decoding.fan_out import fan_out
 from paxattn.decoding.generate import Generation, finish, generate, prefill_budget, start
 from paxattn.decoding.model import Model
 from paxattn.decoding.sampling import Sampling
+from paxattn.decoding.speculative import Speculation, Tally, speculate
 from paxattn.decoding.step import Finish, State, Stats, advance, step, stop
 from paxattn.pages import PageTable, append, fork, free, locate, truncate, violations
 from paxattn.serving.engine import Answer, Engine
@@ -30,6 +33,7 @@ from paxattn.version import __version__
 
 __all__ = [  # noqa: RUF022 - in the order that a newcomer meets them
     "generate", "Generation", "Finish", "Model", "Sampling", "beam_search", "Beams",
+    "speculate", "Drafter", "Draft", "NGram", "DraftModel", "Speculation", "Tally",
     "start", "fan_out", "advance", "step", "stop", "finish", "State", "Stats", "prefill_budget",
     "serve", "Requests", "Served", "Policy", "Engine", "Answer",
     "Cache", "CacheSpec", "KV", "Plan", "extend", "write", "view", "attend", "paged_attention",

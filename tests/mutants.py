@@ -23,6 +23,9 @@ SERVING, ENGINE = "tests/paxattn/test_serving.py", "tests/paxattn/test_engine.py
 BEAM, FAN_OUT = "tests/paxattn/test_beam.py", "tests/paxattn/test_fan_out.py"
 ATTENTION, SAMPLING = "tests/pallas_kernels/test_paged_attention.py", "tests/paxattn/test_sampling.py"
 
+SPECULATIVE = "tests/paxattn/test_speculative.py"
+VERDICT = "tests/paxattn/test_speculative_sampling.py"
+
 
 class Mutant(NamedTuple):
     """One fault: `old` becomes `new` in `file`, and `tests` must notice."""
@@ -92,6 +95,25 @@ MUTANTS = (
     Mutant("early stopping is ignored", "paxattn/decoding/expand.py", "(search.early_stopping is True)", "False", BEAM),
     Mutant("a place for each candidate that ends", "paxattn/decoding/expand.py", "has_ended & (jnp.arange(has_ended.shape[1]) < k)", "has_ended", BEAM),
     Mutant("never is like False", "paxattn/decoding/expand.py", '(search.early_stopping == "never")', "False", BEAM),
+    Mutant("speculation: rejected tokens stay in the cache", "paxattn/decoding/speculative.py", "jnp.where(after.running, after.known - 1, 0)", "jnp.where(after.running, cache.table.length, 0)", SPECULATIVE),
+    Mutant("speculation: one token too many is rolled back", "paxattn/decoding/speculative.py", "jnp.where(after.running, after.known - 1, 0)", "jnp.where(after.running, after.known - 2, 0)", SPECULATIVE),
+    Mutant("speculation: the draft's cache is not rolled back", "paxattn/decoding/drafters.py", "truncate(carry.table, jnp.where(state.running, state.known - 1, 0))", "truncate(carry.table, jnp.where(state.running, 9999, 0))", SPECULATIVE),
+    Mutant("speculation: the draft reads the token it should go on from", "paxattn/decoding/drafters.py", "jnp.maximum(behind(cache) - 1, 0)", "behind(cache)", SPECULATIVE),
+    Mutant("speculation: finished rows keep the draft's blocks", "paxattn/decoding/drafters.py", "jnp.where(state.running, state.known - 1, 0))", "state.known - 1)", SPECULATIVE),
+    Mutant("speculation: eos inside a run is passed over", "paxattn/decoding/speculative.py", "_before(agrees & ~ends)", "_before(agrees)", SPECULATIVE),
+    Mutant("speculation: no bonus where all held", "paxattn/decoding/speculative.py", "picks[:, None] & _before(", "picks[:, None] & (place < jnp.maximum(count[:, None] - 1, 1)) & _before(", SPECULATIVE),
+    Mutant("speculation: guesses go on after a wrong one", "paxattn/decoding/speculative.py", "jnp.cumprod(held[:, :-1], axis=1)", "held[:, :-1]", SPECULATIVE),
+    Mutant("speculation: the limit is overrun", "paxattn/decoding/speculative.py", "jnp.minimum(1 + guessed, limit - state.known)", "1 + guessed", SPECULATIVE),
+    Mutant("speculation: the pool does not shorten guesses", "paxattn/decoding/speculative.py", "fits.sum(axis=-1, dtype=jnp.int32))", "k + 1)", SPECULATIVE),
+    Mutant("speculation: fast rows starve slow ones", "paxattn/decoding/speculative.py", "jnp.minimum(state.origin + ahead[..., None], limit) - 1", "jnp.minimum(state.known + 1 + jnp.arange(k + 1)[:, None] + 0 * ahead[..., None], limit) - 1", SPECULATIVE),
+    Mutant("speculation: tokens with NaN scores are kept", "paxattn/decoding/speculative.py", "kept = due & finite & _before(finite)", "kept = due", SPECULATIVE),
+    Mutant("speculation: a guess of NaN ends the row", "paxattn/decoding/speculative.py", "sick & (count == 1)", "sick", SPECULATIVE),
+    Mutant("speculation: scores of the wrong place", "paxattn/decoding/speculative.py", "jnp.minimum(place, jnp.maximum(count[:, None] - 1, 0))", "jnp.minimum(place + 1, jnp.maximum(count[:, None] - 1, 0))", SPECULATIVE),
+    Mutant("speculation: the penalty does not see the guess", "paxattn/decoding/speculative.py", "take(logits, state.sampling, tokens, at,", "take(logits, state.sampling, state.tokens, at,", VERDICT),
+    Mutant("speculation: u is compared with p, not p / q", "paxattn/decoding/rejection.py", "u * _chosen(q, guess) < _chosen(p, guess)", "u < _chosen(p, guess)", VERDICT),
+    Mutant("speculation: a rejected place draws from p", "paxattn/decoding/rejection.py", "jnp.maximum(p - q, 0)", "jnp.maximum(p, 0)", VERDICT),
+    Mutant("speculation: the verdict has the draft's noise", "paxattn/decoding/rejection.py", "stream(each, ACCEPT)", "stream(each, DRAFT)", VERDICT),
+    Mutant("speculation: guesses have the noise of tokens", "paxattn/decoding/drafters.py", "sampling = stream(state.sampling, DRAFT)", "sampling = state.sampling", VERDICT),
 )  # fmt: skip
 
 

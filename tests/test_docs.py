@@ -102,3 +102,13 @@ def test_commands_of_the_readme_run():
 def test_python_of_the_readme_runs():
     if program := "\n".join(blocks(README, "python")):
         run(sys.executable, "-c", program)
+
+
+def test_the_drafter_of_the_architecture_guesses_and_changes_no_token():
+    from tests.paxattn.test_speculative import VOCAB, check, started
+
+    (code,) = blocks((ROOT / "docs" / "architecture.md").read_text("utf-8"), "python")
+    names = {}
+    exec(code, names)
+    state = check(names["Habit"](VOCAB), started(block_size=3), 5)
+    assert int(state.tally.drafted.sum()) > int(state.tally.accepted.sum()) > 0

@@ -8,10 +8,15 @@ row's tokens depend on neither its batch mates nor its place. Order and names ar
 cutoff are all kept. Top-p: Holtzman et al. 2020. Min-p: Nguyen et al. 2024. Penalty: Keskar et al. 2019.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
 from paxattn.typing import Array, Bool, Float32, Int32, Key, struct
+
+DRAFT, ACCEPT = 2**31, 2**31 + 1
+"""Streams of a row's key beside the one that its tokens are drawn from: numbers that no position reaches."""
 
 
 @struct
@@ -93,19 +98,59 @@ def pick(
     if greedy:
         token = _best(logits)
     else:
-        penalised = jax.lax.cond(
-            jnp.any(sampling.repetition_penalty != 1),
-            lambda: _penalise(logits, sampling.repetition_penalty, tokens if line is None else tokens[line], known),
-            lambda: logits,
-        )
+        penalised = penalise(logits, sampling, tokens, known, line)
         token = jax.lax.cond(
             jnp.any(sampling.temperature > 0),
-            lambda: _sample(penalised, sampling, known),
+            lambda: draw(scores(penalised, sampling), sampling, known),
             lambda: _best(penalised),
         )
+    return token, logprob(logits, token)
+
+
+def logprob(logits: Float32[Array, "B V"], token: Int32[Array, "B"]) -> Float32[Array, "B"]:
+    """Log-probability of one token a row under the model; NaN where a logit of the row is."""
     top = jnp.max(logits, axis=-1)
     chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
-    return token, chosen - top - jnp.log(jnp.sum(jnp.exp(logits - top[:, None]), axis=-1))
+    return chosen - top - jnp.log(jnp.sum(jnp.exp(logits - top[:, None]), axis=-1))
+
+
+def penalise(
+    logits: Float32[Array, "B V"],
+    sampling: Sampling,
+    tokens: Int32[Array, "R M"],
+    known: Int32[Array, "B"],
+    line: Int32[Array, "B"] | None = None,
+) -> Float32[Array, "B V"]:
+    """The scores after the repetition penalty; arguments as in `pick`."""
+    return jax.lax.cond(
+        jnp.any(sampling.repetition_penalty != 1),
+        lambda: _penalise(logits, sampling.repetition_penalty, tokens if line is None else tokens[line], known),
+        lambda: logits,
+    )
+
+
+def scores(penalised: Float32[Array, "B V"], sampling: Sampling) -> Float32[Array, "B V"]:
+    """What `draw` draws from: the softmax of a row that samples is its distribution after all knobs.
+
+    Cut tokens have -inf. A greedy row (temperature 0) has its scores as they are: their arg-max is its token.
+    """
+    greedy = sampling.temperature <= 0
+    scaled = penalised / jnp.where(greedy, 1, sampling.temperature)[:, None]
+    filters = (sampling.top_k > 0) | (sampling.top_p < 1) | (sampling.min_p > 0)
+    kept = jax.lax.cond(jnp.any(filters), lambda: keep(scaled, sampling), lambda: jnp.ones(scaled.shape, bool))
+    return jnp.where(greedy[:, None], penalised, jnp.where(kept, scaled, -jnp.inf))
+
+
+def draw(scores: Float32[Array, "B V"], sampling: Sampling, known: Int32[Array, "B"]) -> Int32[Array, "B"]:
+    """One token a row by the Gumbel-max trick, the noise from fold_in(row's key, position); greedy: the arg-max."""
+    noise = jax.vmap(lambda k, at: jax.random.gumbel(jax.random.fold_in(k, at), scores.shape[1:]))
+    greedy = (sampling.temperature <= 0)[:, None]
+    return _best(jnp.where(greedy, scores, scores + noise(sampling.key, known)))
+
+
+def stream(sampling: Sampling, which: int) -> Sampling:
+    """The same knobs with other noise: DRAFT for what a drafter draws, ACCEPT for the verdict on it."""
+    return dataclasses.replace(sampling, key=jax.vmap(lambda key: jax.random.fold_in(key, which))(sampling.key))
 
 
 def _best(logits):
@@ -121,16 +166,6 @@ def _penalise(logits, penalty, tokens, known):
     seen = jnp.zeros(logits.shape, bool).at[row, jnp.where(counted, tokens, logits.shape[1])].set(True, mode="drop")
     scaled = jnp.where(logits > 0, logits / penalty[:, None], logits * penalty[:, None])
     return jnp.where(seen, scaled, logits)
-
-
-def _sample(logits, sampling, known):
-    greedy = sampling.temperature <= 0
-    scaled = logits / jnp.where(greedy, 1, sampling.temperature)[:, None]
-    filters = (sampling.top_k > 0) | (sampling.top_p < 1) | (sampling.min_p > 0)
-    kept = jax.lax.cond(jnp.any(filters), lambda: keep(scaled, sampling), lambda: jnp.ones(logits.shape, bool))
-    noise = jax.vmap(lambda k, at: jax.random.gumbel(jax.random.fold_in(k, at), logits.shape[1:]))
-    noisy = jnp.where(kept, scaled + noise(sampling.key, known), -jnp.inf)
-    return _best(jnp.where(greedy[:, None], logits, noisy))
 
 
 def keep(logits: Float32[Array, "B V"], sampling: Sampling) -> Bool[Array, "B V"]:

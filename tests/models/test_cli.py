@@ -73,6 +73,20 @@ def test_serve_bench(capsys):
     assert run(capsys, "serve-bench", "--shapes", "tiny", *sizes)[1].count("\n") == len(facts)
 
 
+def test_speculation_equals_greedy_and_counts(capsys):
+    common = ["generate", "--prompt-ids", "5,6,7,5,6,7,5", "--model", TINY, "--max-new-tokens", 12, "--block-size", 3]
+    plain = json.loads(run(capsys, *common, "--json")[1])
+    code, out, _ = run(capsys, *common, "--json", "--speculate", "ngram", "--num-speculative-tokens", 5)
+    assert code == 0
+    answer = json.loads(out)
+    assert answer["outputs"][0]["token_ids"] == plain["outputs"][0]["token_ids"]
+    (row,) = answer["stats"]["speculation"]["rows"]
+    assert set(row) == {"steps", "tokens", "tokens_per_step", "drafted", "accepted", "blocks_reserved",
+                        "blocks_rolled_back"}  # fmt: skip
+    assert row["tokens"] == 11
+    assert "guessed tokens held" in run(capsys, *common, "--speculate", "ngram", "--num-speculative-tokens", 5)[2]
+
+
 def test_inspect(capsys):
     code, out, _ = run(capsys, "inspect", TINY, "--json")
     facts = json.loads(out)
@@ -94,6 +108,7 @@ def test_inspect(capsys):
         (["serve-bench", "--shapes", "tiny", "--low", "9", "--high", "3"], "9..3 tokens"),
         (["serve-bench", "--shapes", "tiny", "--num-blocks", "20"], "the pool has 19 to hand out"),
         (["serve-bench", "--shapes", "tiny", "--steps", "0"], "steps is 0"),
+        (["generate", "--prompt-ids", "1", "--model", TINY, "--speculate", "self"], "speculate is 'self'"),
         (["generate", "a", "b", "--stream"], "--stream prints one answer"),
         (["generate", "--prompt-file", "/no/such/file"], "/no/such/file"),
     ],

@@ -3,6 +3,7 @@
 import pytest
 
 import models
+import paxattn as pax
 from models.cli import main
 from tests.paths import GOLDEN
 
@@ -98,3 +99,49 @@ def test_orbax_round_trip(tmp_path, capsys):
     assert again.generate(prompt, max_new_tokens=9).outputs == tiny.generate(prompt, max_new_tokens=9).outputs
     assert main(["convert", str(GOLDEN / "tiny_llama"), str(tmp_path / "out")]) == 2
     assert "exists already" in capsys.readouterr().err
+
+
+REPEATS = "one two three four one two three four one two"
+
+
+@pytest.mark.parametrize("how", ["ngram", "self:8"])
+def test_speculation_is_unobservable_on_real_weights(lm, whole, how):
+    """Both prompts in one batch, so that the rows accept differently."""
+    plain = lm.generate([TEXT, REPEATS], chat=False, max_new_tokens=30)
+    run = lm.generate([TEXT, REPEATS], chat=False, max_new_tokens=30, speculate=how)
+    assert [o.token_ids for o in run.outputs] == [o.token_ids for o in plain.outputs]
+    assert run.outputs[0].token_ids == whole.token_ids
+    assert run.stats["blocks_allocated"] == run.stats["blocks_freed"]
+    total = run.stats["speculation"]
+    assert total["tokens_per_step"] > 1
+    assert len(total["rows"]) == 2
+    assert total["accepted"] == sum(row["accepted"] for row in total["rows"]) > 0
+    if how == "ngram":
+        assert run.stats["steps"] < plain.stats["steps"]
+        stop = lm.generate([TEXT, REPEATS], chat=False, max_new_tokens=30, speculate=how, stop_strings=["answer"])
+        assert stop.outputs[0].text == whole.text[: whole.text.index("answer")]
+
+
+def test_speculation_by_name_or_object_spans_batches():
+    tiny = models.load(GOLDEN / "tiny_llama")
+    prompts = [[82, 154, 252], [87], [5, 6, 7, 5, 6]]
+    plain = tiny.generate(prompts, max_new_tokens=12)
+    for how in (pax.NGram(1), "self:1", f"draft:{GOLDEN / 'tiny_llama3_rope_tied'}"):
+        run = tiny.generate(prompts, max_new_tokens=12, max_num_seqs=2, speculate=how, num_speculative_tokens=3)
+        assert [o.token_ids for o in run.outputs] == [o.token_ids for o in plain.outputs]
+        assert len(run.stats["speculation"]["rows"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("medusa", "choose ngram, self:M"),
+        ("self:0", "0 cannot be its first"),
+        ("self:x", "choose ngram"),
+        ("draft:", "choose ngram"),
+        ("draft:/no/such/dir", "/no/such/dir"),
+    ],
+)
+def test_bad_drafters_are_refused(how, message):
+    with pytest.raises((ValueError, OSError), match=message):
+        models.load(GOLDEN / "tiny_llama").generate([[5]], max_new_tokens=2, speculate=how)

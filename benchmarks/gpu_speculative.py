@@ -1,0 +1,157 @@
+"""What a verify step costs beside a decode step, and what speculation gains end to end, on one GPU.
+
+    cost   k = 3, 7, 15 guesses a row that never hold: one token a step stays, so steps are what is timed
+    gain   a drafter that reads the answer and is right with a set chance a token: no draft model to wait for
+
+Random weights, bf16, block 16, greedy. The answer comes from a run through the same shapes, as greedy tokens of random
+weights in bf16 differ between shapes; the share of guesses that held is measured, not assumed.
+"""
+
+import argparse
+import dataclasses
+import functools
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import record
+
+import models
+import paxattn as pax
+from models.shapes import CONFIGS
+from paxattn.decoding.speculative import advance, begin
+from paxattn.typing import Array, struct
+
+METHOD = """One jitted call of paxattn's loop over many steps from the end of prefill, host clock around a blocking
+call, the first run of each shape dropped; medians, samples in seconds. cost: milliseconds a step of k guesses a row,
+none of which holds, over milliseconds a step of plain decoding in the same process. gain: new tokens a second of all
+rows; limit: (tokens that came out of a verify step of a row, measured) / (milliseconds of a plain decode step), what
+would be reached if verifying cost no more than decoding and drafting nothing; of_limit is the part of it reached."""
+NEW = 128
+
+
+@struct
+class Oracle:
+    """Guesses the answer, each token rightly with a set chance."""
+
+    answer: Array  # [B, M]
+    wrong: Array  # bool [B, M]: positions that are spoiled
+
+    def init(self, state, k):
+        """Remembers nothing."""
+        return ()
+
+    def propose(self, carry, state, k):
+        """The next k positions of the answer; a spoiled token differs in its last bit."""
+        at = jnp.minimum(state.known[:, None] + jnp.arange(k), self.answer.shape[1] - 1)
+        right, wrong = (jnp.take_along_axis(x, at, axis=1) for x in (self.answer, self.wrong))
+        return pax.Draft(right ^ wrong, jnp.full(len(right), k), None), carry
+
+    def settle(self, carry, state):
+        """Nothing to roll back."""
+        return carry
+
+
+plainly = jax.jit(pax.advance, static_argnames="budget", donate_argnames="state")
+speculatively = jax.jit(advance, static_argnames=("k", "budget"), donate_argnames="state")
+
+
+def timed(run, fresh, repeats: int):
+    """The last state, and the seconds of each run but the first from a fresh state, which compiles."""
+    samples = []
+    for _ in range(repeats + 1):
+        state = jax.block_until_ready(fresh())
+        began = time.perf_counter()
+        state = jax.block_until_ready(run(state))
+        samples.append(time.perf_counter() - began)
+    return state, samples[1:]
+
+
+def measure(model, rows: int, prompt: int, ks: list[int], chances: list[float], repeats: int) -> list[dict]:
+    """All figures of one number of rows."""
+    ids = np.random.default_rng(0).integers(0, model.vocab_size, (rows, prompt)).astype(np.int32)
+    budget = pax.prefill_budget(ids.shape, 8192)
+    steps = -(-rows * prompt // budget)
+    width = prompt + NEW + 1
+
+    @jax.jit
+    def start(ids):
+        return pax.start(model, ids, np.full(rows, prompt), max_new_tokens=NEW + 1, max_model_len=width)
+
+    def prefilled():
+        return plainly(model, start(jnp.asarray(ids)), budget=budget, steps=steps)
+
+    def line(case, samples, **facts):
+        print(case, {name: round(x, 3) for name, x in facts.items()}, flush=True)
+        return {"case": case, "rows": rows, "prompt": prompt, **facts, "seconds": samples}
+
+    _, samples = timed(lambda s: plainly(model, s, budget=budget), prefilled, repeats)
+    decode = 1e3 * statistics.median(samples) / NEW
+    lines = [line(f"{rows} rows, decode", samples, ms_per_step=decode, tokens_per_s=1e3 * rows / decode)]
+    for k in ks:
+
+        def run(drafter, repeats, k=k):
+            turn = functools.partial(speculatively, model, drafter, k=k, budget=budget)
+            return timed(turn, lambda: begin(drafter, prefilled(), k=k), repeats)
+
+        blank = jnp.zeros((rows, width), jnp.int32)
+        answer = jnp.array(run(Oracle(blank, jnp.ones_like(blank, bool)), 0)[0].tokens)
+        state, samples = run(Oracle(answer, jnp.ones_like(answer, bool)), repeats)
+        verify = 1e3 * statistics.median(samples) / float(state.tally.steps.max())
+        lines.append(line(f"{rows} rows, verify k = {k}", samples, k=k, ms_per_step=verify, cost=verify / decode))
+        for chance in chances if k == 7 else ():
+            wrong = jnp.asarray(np.random.default_rng(1).random(answer.shape) >= chance)
+            state, samples = run(Oracle(answer, wrong), repeats)
+            facts = {"k": k, "chance": chance, **gain(state, samples, rows, decode, verify)}
+            lines.append(line(f"{rows} rows, k = {k}, right with {chance:.0%}", samples, **facts))
+    return lines
+
+
+def gain(state, samples, rows: int, decode: float, verify: float) -> dict:
+    """Tokens a second of an end-to-end run, and the arithmetic limit."""
+    tally = jax.tree.map(lambda x: float(x.sum()), state.tally)
+    longest = float(state.tally.steps.max())
+    per_s = tally.tokens / statistics.median(samples)
+    per_step = tally.tokens / rows / longest  # the slowest row sets the number of steps
+    limit = 1e3 * rows * per_step / decode
+    return {
+        "accepted_share": tally.accepted / max(tally.drafted, 1),
+        "tokens_per_row_step": tally.tokens / tally.steps,
+        "tokens_per_s": per_s,
+        "times_plain": per_s * decode / (1e3 * rows),
+        "limit_tokens_per_s": limit,
+        "of_limit": per_s / limit,
+        "of_limit_at_verify_cost": per_s * verify / (1e3 * rows * per_step),
+        "blocks_reserved": tally.blocks_reserved,
+        "blocks_rolled_back": tally.blocks_rolled_back,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="8B", choices=CONFIGS)
+    parser.add_argument("--rows", default="1,8,32")
+    parser.add_argument("--prompt", type=int, default=512)
+    parser.add_argument("--k", default="3,7,15")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--tiny", action="store_true", help="two layers of 135M in float32, to see that this runs")
+    parser.add_argument("--name", default="speculative", help="of the result file")
+    options = parser.parse_args()
+    config, dtype = CONFIGS[options.model], "bfloat16"
+    if options.tiny:
+        config, dtype = dataclasses.replace(CONFIGS["135M"], num_hidden_layers=2, vocab_size=999), "float32"
+    make = jax.jit(lambda key: models.random_llama(config, key, dtype))
+    model = jax.block_until_ready(make(jax.random.key(0)))
+    lines = []
+    for rows in map(int, options.rows.split(",")):
+        lines += measure(model, rows, options.prompt, list(map(int, options.k.split(","))), [0.6, 0.8], options.repeats)
+    name = "tiny" if options.tiny else options.model
+    folder = "h100" if "H100" in jax.devices()[0].device_kind else None
+    about = [{"model": name, **line} for line in lines]
+    print("not written: --tiny" if options.tiny else record.write(options.name, about, method=METHOD, folder=folder))
+
+
+if __name__ == "__main__":
+    main()
