@@ -77,7 +77,6 @@ MUTANTS = (
     Mutant("idle time is waited out", "paxattn/serving/service.py", 'jnp.where(idle, jnp.maximum(service.now, arrival), service.now)', 'service.now', SERVING + "::test_all_end_in_one_iteration_and_idle_time_is_skipped"),
     Mutant("a row reads its own line", "paxattn/decoding/step.py", 'state.tokens[state.line[plan.row], plan.position]', 'state.tokens[plan.row, plan.position]', SERVING + "::test_the_oldest_request_is_never_preempted_and_moves_in_every_step"),
     Mutant("cancelled requests keep their row", "paxattn/serving/service.py", 'rows = lines[service.line] & service.seated', 'rows = service.seated & False', ENGINE + "::test_cancel_anywhere"),
-    Mutant("a line is given away too early", "paxattn/serving/engine.py", '[None if answer in leaving else answer for answer in self._lines]', '[None if a is None or a.finish_reason is not None else a for a in self._lines]', ENGINE + "::test_a_line_is_not_given_away_while_its_cancelled_request_still_sits"),
     Mutant("the penalty looks at another line", "paxattn/decoding/sampling.py", 'tokens if line is None else tokens[line]', 'tokens[: logits.shape[0]]', SERVING + "::test_the_oldest_request_is_never_preempted_and_moves_in_every_step"),
     Mutant("samples of a prompt share a key", "paxattn/decoding/sampling.py", "jnp.where(jnp.arange(n) > 0, folded, key[:, None])", "jnp.where(jnp.arange(n) > n, folded, key[:, None])", FAN_OUT),
     Mutant("followers feed the prompt too", "paxattn/decoding/fan_out.py", "jnp.where(row == leader, state.pending, 0)", "state.pending", FAN_OUT),
