@@ -28,8 +28,12 @@ class PrefillConfig:
     stages: int = 2  # KV tiles in flight
     query_stages: int = 2  # query tiles in flight; results leave through their shared memory
     programs: int | None = 132  # resident programs, one an SM; None: a program an item
-    compute_registers: int = 232
-    memory_registers: int = 48
+    compute_registers: int = 232  # a thread of the compute warpgroups
+
+    @property
+    def memory_registers(self) -> int:
+        """What is left: a block starts with 168 a thread, and a request past that pool waits for ever."""
+        return 3 * 168 - 2 * self.compute_registers
 
 
 class Item(NamedTuple):
