@@ -33,6 +33,7 @@ def paged_attention(
     scale: float | None = None,
     sliding_window: int | None = None,
     soft_cap: float | None = None,
+    max_queries: int | None = None,
     implementation: str = "auto",
 ) -> tuple[jax.Array, jax.Array]:
     """Causal attention of packed queries over keys and values reached through a page table.
@@ -50,6 +51,7 @@ def paged_attention(
       scale: factor on q . k; D ** -0.5 by default.
       sliding_window: a query sees itself and the window - 1 positions before it; all by default.
       soft_cap: scores become soft_cap * tanh(score / soft_cap), before the mask.
+      max_queries: queries that a row has at most, where that is known beforehand; a hint for speed alone.
       implementation: "auto" or a key of IMPLEMENTATIONS.
 
     Returns:
@@ -77,6 +79,7 @@ def paged_attention(
         scale=scale,
         sliding_window=sliding_window,
         soft_cap=soft_cap,
+        max_queries=max_queries,
     )
 
 

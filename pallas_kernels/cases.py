@@ -29,6 +29,11 @@ class Case:
     scale: float | None = None
 
     @property
+    def max_queries(self) -> int | None:
+        """The hint that a caller would give: decode and verify steps know it, prompts have none."""
+        return max(self.counts) if max(self.counts) <= 8 else None
+
+    @property
     def options(self) -> dict:
         """Keyword arguments of the call."""
         return {"sliding_window": self.sliding_window, "soft_cap": self.soft_cap, "scale": self.scale}
@@ -89,6 +94,14 @@ HOPPER_CASES = {  # head sizes, block sizes and lengths that the kernels for Hop
     "verify": _llama((9, 1000, 6, 77), (4, 4, 4, 4)),
     "verify-ragged": _llama((900, 1000, 60, 77), (8, 8, 3, 8), idle=5),
     "verify-window": _llama((9, 3000, 64, 200), (4,) * 4, sliding_window=100),
+    "prefill": _llama((300,), (300,)),
+    "prefill-ragged": _llama((70, 1, 7, 233), (70, 1, 7, 233), idle=13),
+    "prefill-chunked": _llama((390, 140, 12, 257), (130, 1, 12, 64), idle=1, block_size=128),
+    "prefill-window": _llama((390, 140, 12), (230, 70, 12), sliding_window=100),
+    "prefill-soft-cap": _llama((390, 140), (130, 70), soft_cap=2.0, scale=0.3),
+    "prefill-head-64": Case((390, 140), (130, 70), heads=9, kv_heads=3, head_dim=64, block_size=8),
+    "prefill-head-256": Case((390, 140), (130, 70), heads=4, kv_heads=2, head_dim=256, block_size=16),
+    "mixed": _llama((640, 1, 0, 80, 2000, 33), (160, 1, 0, 8, 1, 33), idle=3),
 }
 
 TINY_CASES = {  # small enough to run the kernels' bodies in an interpreter
@@ -97,6 +110,7 @@ TINY_CASES = {  # small enough to run the kernels' bodies in an interpreter
     "decode-window": _tiny((9, 200, 64), (1, 1, 1), sliding_window=70),
     "decode-soft-cap": _tiny((9, 70), (1, 1), soft_cap=2.0, head_dim=128, block_size=64),
     "verify": _tiny((9, 100, 6), (4, 4, 4)),
+    "mixed": _tiny((70, 33, 0, 9), (70, 1, 0, 3), idle=2),
 }
 
 
@@ -106,11 +120,12 @@ def make(case: Case, seed: int = 0, dtype=np.float32) -> Arrays:
     rows, size = len(case.lengths), case.block_size
     pages_of = [-(-n // size) for n in case.lengths]
     width = max(*pages_of, 1) + 1
-    num_blocks = 2 + rows * width
-    pages = rng.permutation(num_blocks - 1)[: rows * width].reshape(rows, width) + 1
+    cells = np.arange(width) < np.array(pages_of)[:, None]
+    num_blocks = 2 + cells.sum() * 3 // 2
+    pages = np.zeros((rows, width), np.int32)
+    pages[cells] = rng.permutation(num_blocks - 1)[: cells.sum()] + 1
     if case.shared:
-        pages = np.broadcast_to(pages[:1], pages.shape)
-    pages = np.where(np.arange(width) < np.array(pages_of)[:, None], pages, 0).astype(np.int32)
+        pages = np.where(cells, pages[:1], 0)
 
     held = np.zeros((num_blocks, size), bool)
     for row, length in enumerate(case.lengths):

@@ -14,6 +14,7 @@ class KernelConfig:
     stages: int = 2  # KV tiles in flight a worker
     workers: int = 2  # pairs of warpgroups an SM
     num_sms: int = 132  # persistent blocks
+    warps: bool = False  # one memory warpgroup, a warp a stream
 
 
 def decode_config(head_dim: int) -> KernelConfig:

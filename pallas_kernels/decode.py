@@ -24,14 +24,16 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.config import KernelConfig, decode_config
 from pallas_kernels.decode_compute import compute
-from pallas_kernels.decode_memory import stream
+from pallas_kernels.decode_memory import stream, stream_warps
 from pallas_kernels.decode_walk import ROWS, Barriers, Call, Refs
 from pallas_kernels.merge import merge
 from pallas_kernels.schedule import schedule
 from pallas_kernels.tiles import query_tiles
 
 
-@functools.partial(jax.jit, static_argnames=("scale", "sliding_window", "soft_cap", "config", "interpret"))
+@functools.partial(
+    jax.jit, static_argnames=("scale", "sliding_window", "soft_cap", "max_queries", "config", "interpret")
+)
 def paged_attention(
     q,
     k_pool,
@@ -43,6 +45,7 @@ def paged_attention(
     scale,
     sliding_window=None,
     soft_cap=None,
+    max_queries: int | None = None,
     config: KernelConfig | None = None,
     interpret=None,
 ) -> tuple[jax.Array, jax.Array]:
@@ -50,7 +53,7 @@ def paged_attention(
     (num_tokens, heads, head_dim), kv_heads = q.shape, k_pool.shape[1]
     config = config or decode_config(head_dim)
     group = heads // kv_heads
-    tile = min(max(num_tokens // pages.shape[0], 1), max(ROWS // group, 1))
+    tile = min(max_queries or max(num_tokens // pages.shape[0], 1), ROWS // group)
     tiles = query_tiles(num_tokens, tile, length, query_start)
     plan = schedule(
         tiles,
@@ -109,7 +112,7 @@ def _attend(call: Call, interpret, *operands):
         ),
         grid=(config.num_sms,),
         grid_names=("sm",),
-        num_threads=2 * config.workers,
+        num_threads=config.workers + 1 if config.warps else 2 * config.workers,
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         interpret=interpret,
@@ -148,7 +151,10 @@ def _body(call: Call, refs: Refs) -> None:
     @pl.when(thread >= lanes)
     def _():
         plgpu.set_max_registers(40, action="decrease")
-        stream(call, refs, lane)
+        if call.config.warps:
+            stream_warps(call, refs)
+        else:
+            stream(call, refs, lane)
 
     @pl.when(thread < lanes)
     def _():

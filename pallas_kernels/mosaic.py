@@ -1,11 +1,13 @@
 """The Hopper kernels behind one name: what they can do, and which of them a call takes.
 
-T // B queries a row on average:   up to 64 rows of a matrix product -> decode      more -> prefill
+max_queries x G <= 64    every row is a tile of the decode kernel
+otherwise                rows of one query -> decode, all others -> prefill: both run, each on its rows
 """
 
 import jax
+import jax.numpy as jnp
 
-from pallas_kernels import decode
+from pallas_kernels import decode, prefill
 
 HEAD_DIMS = (64, 128, 256)
 DTYPES = ("bfloat16", "float16")
@@ -30,17 +32,37 @@ def on_hopper() -> bool:
     return jax.default_backend() == "gpu" and str(jax.devices()[0].compute_capability).startswith("9.")
 
 
-def paged_attention(q, k_pool, v_pool, pages, length, query_start, **options) -> tuple[jax.Array, jax.Array]:
+def paged_attention(q, k_pool, *others, **options) -> tuple[jax.Array, jax.Array]:
     """See `pallas_kernels.paged_attention`.
 
     Raises:
       NotImplementedError: no Hopper GPU, or shapes that the kernels are not made for; says which and what to do.
     """
-    why = (
-        obstacle(q, k_pool)
-        if on_hopper()
-        else f"the default device is {jax.devices()[0].device_kind}, not a Hopper GPU"
-    )
+    here = jax.devices()[0].device_kind
+    why = obstacle(q, k_pool) if on_hopper() else f"the default device is {here}, not a Hopper GPU"
     if why is not None:
         raise NotImplementedError(f'attention "mosaic": {why}; "xla" and "auto" run.')
-    return decode.paged_attention(q, k_pool, v_pool, pages, length, query_start, **options)
+    return run(q, k_pool, *others, **options)
+
+
+def run(
+    q, k_pool, v_pool, pages, length, query_start, *, max_queries: int | None = None, **options
+) -> tuple[jax.Array, jax.Array]:
+    """The kernels as they are, wherever they are to run."""
+    group = q.shape[1] // k_pool.shape[1]
+    if max_queries is not None and max_queries * group <= decode.ROWS:
+        return decode.paged_attention(q, k_pool, v_pool, pages, length, query_start, max_queries=max_queries, **options)
+    out, lse = prefill.paged_attention(q, k_pool, v_pool, pages, length, query_start, least=2, **options)
+    one = jnp.diff(query_start) == 1
+    token = jnp.where(one, query_start[:-1], q.shape[0])  # of a row with one query; past the end for the others
+    few, few_lse = decode.paged_attention(
+        q.at[token].get(mode="fill", fill_value=0),
+        k_pool,
+        v_pool,
+        pages,
+        jnp.where(one, length, 0),  # the others see nothing
+        jnp.arange(one.size + 1, dtype=jnp.int32),
+        max_queries=1,
+        **options,
+    )
+    return out.at[token].set(few, mode="drop"), lse.at[token].set(few_lse, mode="drop")

@@ -28,9 +28,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.prefill_compute import compute
 from pallas_kernels.prefill_memory import stream, stream_queries, stream_results
 from pallas_kernels.prefill_plan import plan_tiles
-from pallas_kernels.prefill_walk import ROWS, Call, PrefillConfig, Refs
+from pallas_kernels.prefill_walk import ROWS, Call, PrefillConfig, Refs, prefill_config
 
 
+@functools.partial(jax.jit, static_argnames=("scale", "sliding_window", "soft_cap", "least", "config", "interpret"))
 def paged_attention(
     q,
     k_pool,
@@ -42,17 +43,17 @@ def paged_attention(
     scale,
     sliding_window=None,
     soft_cap=None,
+    least: int = 1,
     config: PrefillConfig | None = None,
     interpret=None,
 ) -> tuple[jax.Array, jax.Array]:
-    """See `pallas_kernels.paged_attention`; `interpret` runs the kernel on a CPU.
+    """See `pallas_kernels.paged_attention`; rows of fewer than `least` queries are left out, their output is anything.
 
     Raises:
       NotImplementedError: a head size, block size or dtype that the kernel has no layout for.
     """
     (num_tokens, heads, head_dim), (_, kv_heads, block_size, _) = q.shape, k_pool.shape
-    if config is None:
-        config = PrefillConfig() if head_dim <= 128 else PrefillConfig(kv_tile=64, query_stages=1)
+    config = config or prefill_config(head_dim)
     _check(q, k_pool, config)
     paired = heads // kv_heads % 2 == 0
     # TMA reads and writes rows by eights; interpret mode knows no reads past the end.
@@ -65,6 +66,7 @@ def paged_attention(
         tile=ROWS if paired else 2 * ROWS,
         kv_tile=config.kv_tile,
         sliding_window=sliding_window,
+        least=least,
     )
     call = Call(
         config, heads, head_dim, heads // kv_heads, block_size, pages.shape[1], paired, scale, sliding_window, soft_cap,

@@ -24,15 +24,26 @@ class Plan(NamedTuple):
 
 
 def plan_tiles(
-    num_tokens: int, length: jax.Array, query_start: jax.Array, *, tile: int, kv_tile: int, sliding_window: int | None
+    num_tokens: int,
+    length: jax.Array,
+    query_start: jax.Array,
+    *,
+    tile: int,
+    kv_tile: int,
+    sliding_window: int | None,
+    least: int = 1,
 ) -> Plan:
-    """Deals `num_tokens` packed queries to tiles of at most `tile`; idle tokens form a last row without keys."""
+    """Deals `num_tokens` packed queries to tiles of at most `tile`; idle tokens form a last row without keys.
+
+    Rows of fewer than `least` queries get no tile.
+    """
     rows = length.shape[0] + 1
     query_start = jnp.concatenate([query_start, jnp.full(1, num_tokens, jnp.int32)])
     length = jnp.concatenate([length, jnp.zeros(1, jnp.int32)])
     start, count = query_start[:-1], jnp.diff(query_start)
     aligned = start // ALIGN * ALIGN
-    tiles_of_row = jnp.where(count > 0, (start + count - aligned + tile - 1) // tile, 0)
+    due = count >= jnp.full(rows, least).at[-1].set(1)  # idle tokens are always written
+    tiles_of_row = jnp.where(due, (start + count - aligned + tile - 1) // tile, 0)
     end_of_row = jnp.cumsum(tiles_of_row, dtype=jnp.int32)
 
     num_tiles = (num_tokens + rows * (tile + ALIGN - 2)) // tile  # sum of tiles_of_row, at most

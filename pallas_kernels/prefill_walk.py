@@ -36,6 +36,11 @@ class PrefillConfig:
         return 3 * 168 - 2 * self.compute_registers
 
 
+def prefill_config(head_dim: int) -> PrefillConfig:
+    """The default for a head size: what fits shared memory."""
+    return PrefillConfig() if head_dim <= 128 else PrefillConfig(kv_tile=64, query_stages=1)
+
+
 class Item(NamedTuple):
     """One work item: scalars of the plan, and the heads that it is about."""
 

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 
 
 def paged_attention(
-    q, k_pool, v_pool, pages, length, query_start, *, scale, sliding_window=None, soft_cap=None
+    q, k_pool, v_pool, pages, length, query_start, *, scale, sliding_window=None, soft_cap=None, max_queries=None
 ) -> tuple[jax.Array, jax.Array]:
     """See `pallas_kernels.paged_attention`."""
+    del max_queries  # nothing here depends on it
     kv_heads, head_dim = k_pool.shape[1], k_pool.shape[3]
     token = jnp.arange(q.shape[0])
     row = jnp.minimum(jnp.sum(token[:, None] >= query_start[1:], axis=1), pages.shape[0] - 1)

@@ -18,11 +18,11 @@ MAX_TILE = 64
 
 
 def paged_attention(
-    q, k_pool, v_pool, pages, length, query_start, *, scale, sliding_window=None, soft_cap=None
+    q, k_pool, v_pool, pages, length, query_start, *, scale, sliding_window=None, soft_cap=None, max_queries=None
 ) -> tuple[jax.Array, jax.Array]:
     """See `pallas_kernels.paged_attention`."""
     (num_tokens, heads, head_dim), (_, kv_heads, block_size, _) = q.shape, k_pool.shape
-    tile = min(max(num_tokens // pages.shape[0], 1), MAX_TILE)
+    tile = min(max_queries or max(num_tokens // pages.shape[0], 1), MAX_TILE)
     row, index, position, place = query_tiles(num_tokens, tile, length, query_start)
     num_tiles = row.shape[0]
     queries = q[index].reshape(num_tiles, tile, kv_heads, -1, head_dim).transpose(0, 2, 1, 3, 4)

@@ -45,6 +45,7 @@ def attend(
         scale=scale,
         sliding_window=sliding_window,
         soft_cap=soft_cap,
+        max_queries=plan.max_queries,
         implementation=plan.attention,
     )
     return out, kv

@@ -79,6 +79,7 @@ class Plan:
     length: Int32[Array, "B"]
     copies: Copies
     attention: str = static(default="auto")
+    max_queries: int | None = static(default=None)
 
     @property
     def live(self) -> Bool[Array, "T"]:
@@ -92,7 +93,13 @@ class Plan:
 
 
 def extend(
-    cache: Cache, count: Int32[Array, "B"], *, budget: int, attention: str = "auto", shared: bool = True
+    cache: Cache,
+    count: Int32[Array, "B"],
+    *,
+    budget: int,
+    attention: str = "auto",
+    max_queries: int | None = None,
+    shared: bool = True,
 ) -> tuple[Cache, Plan, Int32[Array, ""]]:
     """Makes room for `count[b]` tokens a row, copies shared tails, and plans the step.
 
@@ -101,6 +108,8 @@ def extend(
       count: tokens that each row feeds: 0 idle, 1 decoding, more in prefill or when verifying a draft.
       budget: T, the static length of the token axis; the counts may sum to at most this.
       attention: name of the attention implementation, see `pallas_kernels.paged_attention`.
+      max_queries: tokens that a row feeds at most, where that is known beforehand: a hint to the attention, 1 by
+        default where the budget is a token a row.
       shared: False promises that no block has two holders, so that nothing can need copying.
 
     Returns:
@@ -110,18 +119,21 @@ def extend(
     table, copies, status = append(cache.table, jnp.where(over, 0, count))
     status = jnp.where(over, jnp.int32(Status.OVER_BUDGET), status)
     layers = _copy_blocks(cache.layers, copies) if shared else cache.layers
-    plan = _plan(table, jnp.where(status == Status.OK, count, 0), copies, budget, attention)
+    if max_queries is None and budget == count.size:
+        max_queries = 1
+    plan = _plan(table, jnp.where(status == Status.OK, count, 0), copies, budget)
+    plan = dataclasses.replace(plan, attention=attention, max_queries=max_queries)
     return Cache(table, layers), plan, status
 
 
-def _plan(table: PageTable, count: Int32[Array, "B"], copies: Copies, budget: int, attention: str) -> Plan:
+def _plan(table: PageTable, count: Int32[Array, "B"], copies: Copies, budget: int) -> Plan:
     query_start = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(count, dtype=jnp.int32)])
     token = jnp.arange(budget, dtype=jnp.int32)
     live = token < query_start[-1]
     row = jnp.where(live, jnp.sum(token[:, None] >= query_start[1:], axis=1, dtype=jnp.int32), 0)
     position = jnp.where(live, token - query_start[row] + table.length[row] - count[row], -1)
     block, slot = locate(table, row, position)
-    return Plan(row, jnp.maximum(position, 0), block, slot, query_start, table.pages, table.length, copies, attention)
+    return Plan(row, jnp.maximum(position, 0), block, slot, query_start, table.pages, table.length, copies)
 
 
 def _copy_blocks(layers: tuple[KV, ...], copies: Copies) -> tuple[KV, ...]:

@@ -147,7 +147,7 @@ def verify(model: Model, state: Speculation, draft: Draft, *, attention: str = "
     """
     rows, k = draft.tokens.shape
     count = _counts(state, jnp.where(state.wary, 0, draft.count), k)
-    cache, plan, status = extend(state.cache, count, budget=rows * (k + 1), attention=attention)
+    cache, plan, status = extend(state.cache, count, budget=rows * (k + 1), attention=attention, max_queries=k + 1)
     picks = (status == Status.OK) & (count > 0)
 
     place = jnp.arange(k + 1)

@@ -14,9 +14,10 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
-from pallas_kernels import decode, mosaic, paged_attention
+from pallas_kernels import decode, mosaic, paged_attention, prefill
 from pallas_kernels.cases import CASES, HOPPER_CASES, TINY_CASES, make
 from pallas_kernels.config import KernelConfig
+from pallas_kernels.prefill_walk import PrefillConfig
 from tests.pallas_kernels.test_paged_attention import by_hand, error
 
 TOLERANCE = 1e-2  # bf16, of the worst query; typically 2e-3
@@ -42,16 +43,23 @@ def check(case, arrays, out, lse):
     np.testing.assert_allclose(np.asarray(lse)[fed], want_lse[fed], atol=1e-4)
 
 
+@pytest.fixture
+def few_programs(monkeypatch):
+    """Two programs a kernel instead of one for each of 132 processors."""
+    monkeypatch.setattr(decode, "decode_config", lambda _: KernelConfig(num_sms=2))
+    monkeypatch.setattr(prefill, "prefill_config", lambda _: PrefillConfig(programs=2))
+    decode.paged_attention.clear_cache()
+
+
 @pytest.mark.parametrize("case", TINY_CASES.values(), ids=TINY_CASES.keys())
+@pytest.mark.usefixtures("few_programs")
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # NaN is multiplied, and masked
 def test_the_real_body_interpreted(case):
     arrays = arrays_of(case)
     interpret = plgpu.InterpretGPUParams(detect_races=True)
     scale = case.head_dim**-0.5 if case.scale is None else case.scale
-    out, lse = decode.paged_attention(
-        *map(jnp.asarray, arrays),
-        config=KernelConfig(num_sms=2),
-        interpret=interpret,
-        **{**case.options, "scale": scale},
+    out, lse = mosaic.run(
+        *map(jnp.asarray, arrays), max_queries=case.max_queries, interpret=interpret, **{**case.options, "scale": scale}
     )
     check(case, arrays, out, lse)
 
@@ -61,7 +69,8 @@ def test_the_real_body_interpreted(case):
 @pytest.mark.parametrize("case", HOPPER_CASES.values(), ids=HOPPER_CASES.keys())
 def test_equals_the_definition(case, dtype):
     arrays = arrays_of(case, dtype)
-    out, lse = jax.jit(functools.partial(paged_attention, implementation="mosaic", **case.options))(*arrays)
+    call = functools.partial(paged_attention, implementation="mosaic")
+    out, lse = jax.jit(functools.partial(call, max_queries=case.max_queries, **case.options))(*arrays)
     check(case, arrays, out, lse)
 
 
@@ -85,7 +94,8 @@ def lowered(case, dtype=jnp.bfloat16):
     """The call as a program for an H100, made without one."""
     arrays = [jax.ShapeDtypeStruct(a.shape, dtype if a.ndim > 2 else a.dtype) for a in arrays_of(case)]
     scale = case.head_dim**-0.5 if case.scale is None else case.scale
-    call = jax.jit(functools.partial(decode.paged_attention, **{**case.options, "scale": scale}))
+    options = {**case.options, "scale": scale, "max_queries": case.max_queries}
+    call = jax.jit(functools.partial(mosaic.run, **options))
     h100 = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", platform="gpu", num_cores=None)
     with use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=h100)):
         return call.trace(*arrays).lower(lowering_platforms=("cuda",))
