@@ -1,11 +1,11 @@
 """Paged attention for few queries a row, on Hopper: a persistent kernel that streams K and V at memory speed.
 
-    SM  +----------------------------------------------------------------+
-        | worker 0:  memory warpgroup --TMA, page by page--> ring of     |
-        |                                  K, V tiles in shared memory   |
-        |            compute warpgroup: S = Q K', online softmax, P V    |
-        | worker 1:  the same, on its own share                          |
-        +----------------------------------------------------------------+
+    SM  +-------------------------------------------------------------------------+
+        | memory warpgroup     a warp a stream: keys, values of worker 0, of 1    |
+        |                        TMA, page by page --> rings of K, V tiles        |
+        | compute warpgroup 0  worker 0: S = Q K', online softmax, P V            |
+        | compute warpgroup 1  worker 1: the same, on its own share of the tiles  |
+        +-------------------------------------------------------------------------+
 
 The queries of a tile that share a KV head, G a token, are the rows of one 64-row matrix product: while memory
 is the limit 64 rows cost what 4 do, so verifying a few drafted tokens costs what decoding does. `schedule` deals
@@ -22,9 +22,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.config import KernelConfig, decode_config
+from pallas_kernels.config import COMPUTE_REGISTERS, MEMORY_REGISTERS, KernelConfig, decode_config
 from pallas_kernels.decode_compute import compute
-from pallas_kernels.decode_memory import stream, stream_warps
+from pallas_kernels.decode_memory import stream
 from pallas_kernels.decode_walk import ROWS, Barriers, Call, Refs
 from pallas_kernels.merge import merge
 from pallas_kernels.schedule import schedule
@@ -51,7 +51,7 @@ def paged_attention(
 ) -> tuple[jax.Array, jax.Array]:
     """See `pallas_kernels.paged_attention`. A jit of its own: the layers of a model share one compiled kernel."""
     (num_tokens, heads, head_dim), kv_heads = q.shape, k_pool.shape[1]
-    config = config or decode_config(head_dim)
+    config = config or decode_config(head_dim, pages.shape[0])
     group = heads // kv_heads
     tile = min(max_queries or max(num_tokens // pages.shape[0], 1), ROWS // group)
     tiles = query_tiles(num_tokens, tile, length, query_start)
@@ -112,7 +112,7 @@ def _attend(call: Call, interpret, *operands):
         ),
         grid=(config.num_sms,),
         grid_names=("sm",),
-        num_threads=config.workers + 1 if config.warps else 2 * config.workers,
+        num_threads=config.workers + 1,
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         interpret=interpret,
@@ -145,18 +145,14 @@ def _entry(call: Call, *refs) -> None:
 
 
 def _body(call: Call, refs: Refs) -> None:
-    thread, lanes = lax.axis_index("wg"), call.config.workers
-    lane = lax.rem(thread, lanes)
+    thread, workers = lax.axis_index("wg"), call.config.workers
 
-    @pl.when(thread >= lanes)
+    @pl.when(thread == workers)
     def _():
-        plgpu.set_max_registers(40, action="decrease")
-        if call.config.warps:
-            stream_warps(call, refs)
-        else:
-            stream(call, refs, lane)
+        plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
+        stream(call, refs)
 
-    @pl.when(thread < lanes)
+    @pl.when(thread < workers)
     def _():
-        plgpu.set_max_registers(208, action="increase")
-        compute(call, refs, lane)
+        plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
+        compute(call, refs, thread)

@@ -1,5 +1,6 @@
 """What several test modules share: the default model's file, fetched once (93 MB), cached as for a user."""
 
+import gc
 from pathlib import Path
 
 import jax
@@ -15,3 +16,11 @@ jax.config.update("jax_default_matmul_precision", "highest")
 def smollm2_path() -> Path:
     """SmolLM2-135M-Instruct as GGUF."""
     return hub.resolve(hub.DEFAULT_MODEL)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget_programs():
+    """Frees a module's compiled programs: thousands in one process outgrow the memory maps that Linux allows."""
+    yield
+    jax.clear_caches()
+    gc.collect()

@@ -46,7 +46,7 @@ def check(case, arrays, out, lse):
 @pytest.fixture
 def few_programs(monkeypatch):
     """Two programs a kernel instead of one for each of 132 processors."""
-    monkeypatch.setattr(decode, "decode_config", lambda _: KernelConfig(num_sms=2))
+    monkeypatch.setattr(decode, "decode_config", lambda *_: KernelConfig(num_sms=2))
     monkeypatch.setattr(prefill, "prefill_config", lambda _: PrefillConfig(programs=2))
     decode.paged_attention.clear_cache()
 
