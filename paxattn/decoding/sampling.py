@@ -95,15 +95,17 @@ def pick(
     Returns:
       Tokens and log-probabilities; NaN logits give a NaN log-probability.
     """
-    if greedy:
-        token = _best(logits)
-    else:
+
+    def general():
         penalised = penalise(logits, sampling, tokens, known, line)
-        token = jax.lax.cond(
+        return jax.lax.cond(
             jnp.any(sampling.temperature > 0),
             lambda: draw(scores(penalised, sampling), sampling, known),
             lambda: _best(penalised),
         )
+
+    # Asked in one piece: on a GPU each condition waits for the host.
+    token = _best(logits) if greedy else jax.lax.cond(sampling.is_greedy, lambda: _best(logits), general)
     return token, logprob(logits, token)
 
 

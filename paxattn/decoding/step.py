@@ -130,16 +130,17 @@ def step(
     budget: int,
     count: Int32[Array, "B"] | None = None,
     attention: str = "auto",
-    plain: bool = False,
+    shared: bool = True,
+    greedy: bool = False,
 ) -> State:
     """Feeds up to `budget` tokens, `count[b]` of row b (as `share` deals them by default), picks, retires, frees.
 
-    `plain` promises that `state.is_plain`: what a step without sharing and sampling does not need is then left out
-    of the program.
+    `shared=False` promises that no block has two holders, `greedy=True` that no row uses a sampling knob: what such a
+    step does not need is then left out of the program.
     """
     count = share(state.pending, budget) if count is None else count
-    fed, newest = feed(model, state, count, budget=budget, attention=attention, plain=plain)
-    return settle(model, fed, newest, picks=(count > 0) & (fed.pending == 0), plain=plain)
+    fed, newest = feed(model, state, count, budget=budget, attention=attention, shared=shared)
+    return settle(model, fed, newest, picks=(count > 0) & (fed.pending == 0), greedy=greedy)
 
 
 def feed(
@@ -149,7 +150,7 @@ def feed(
     *,
     budget: int,
     attention: str = "auto",
-    plain: bool = False,
+    shared: bool = True,
 ) -> tuple[State, Float[Array, "B E"]]:
     """Feeds `count[b]` pending tokens of each row: paging, the model, the counters; picks nothing.
 
@@ -159,7 +160,7 @@ def feed(
       The state, and the hidden state of each row's newest token (of some other token where count is 0).
     """
     before, stats = state.cache.table.blocks.num_used, state.stats
-    cache, plan, status = extend(state.cache, count, budget=budget, attention=attention, shared=not plain)
+    cache, plan, status = extend(state.cache, count, budget=budget, attention=attention, shared=shared)
     tokens = jnp.where(plan.live, state.tokens[state.line[plan.row], plan.position], 0)
     hidden, layers = model(tokens, plan, cache.layers)
     now = sharing(cache.table)
@@ -187,11 +188,11 @@ def feed(
 
 
 def settle(
-    model: Model, state: State, newest: Float[Array, "B E"], *, picks: Bool[Array, "B"], plain: bool = False
+    model: Model, state: State, newest: Float[Array, "B E"], *, picks: Bool[Array, "B"], greedy: bool = False
 ) -> State:
     """Picks the next token of the running rows in `picks`, retires rows and frees what they held."""
     logits = model.logits(newest)
-    token, logprob = pick(logits, state.sampling, state.tokens, state.known, state.line, greedy=plain)
+    token, logprob = pick(logits, state.sampling, state.tokens, state.known, state.line, greedy=greedy)
     finite = ~jnp.isnan(logprob)
 
     picks = picks & state.running
@@ -256,7 +257,7 @@ def advance(
         return step(model, state, budget=rows, attention=attention)
 
     def decode_plain(state):
-        return step(model, state, budget=rows, attention=attention, plain=True)
+        return step(model, state, budget=rows, attention=attention, shared=False, greedy=True)
 
     def body(state):
         state = jax.lax.while_loop(lambda s: more(s) & prompts(s), prefill, state)

@@ -165,7 +165,7 @@ def run(
     watermark = jnp.float32(policy.watermark)
 
     def feed(tokens):
-        return lambda state, count: step(model, state, budget=tokens, count=count, attention=attention)
+        return lambda state, count: step(model, state, budget=tokens, count=count, attention=attention, shared=False)
 
     def turn(old):
         service = admit(wake(old), order, watermark)

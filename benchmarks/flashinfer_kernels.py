@@ -1,0 +1,94 @@
+"""FlashInfer's paged attention on the cases of gpu_kernels.py, in a process with PyTorch: one JSON object at the end.
+
+A case is [kind, rows, context, block]. Decode takes the faster of tensor cores and CUDA cores, prefill the backend
+`fa3`.
+"""
+
+import json
+import statistics
+import sys
+
+import flashinfer
+import numpy as np
+import torch
+
+HEADS, KV_HEADS, DIM = 32, 8, 128
+TABLES = 8
+
+
+def lengths_of(rows: int, context: int, ragged: bool) -> np.ndarray:
+    """As in gpu_kernels.py."""
+    return np.random.default_rng(rows).integers(1, context + 1, rows) if ragged else np.full(rows, context)
+
+
+def pages_of(length, block, blocks, rng):
+    """CSR page table over random blocks, on the device."""
+    counts = -(-length // block)
+    indptr = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
+    indices = rng.permutation(blocks)[: indptr[-1]].astype(np.int32)
+    last = (length - 1) % block + 1
+    return (torch.tensor(x, dtype=torch.int32, device="cuda") for x in (indptr, indices, last))
+
+
+def seconds(call, calls: int) -> float:
+    """Median of 5 graph replays of `call(i)` for i < calls, a call."""
+    for i in range(calls):
+        call(i)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in range(calls):
+            call(i)
+    times = []
+    for _ in range(6):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end) / 1e3 / calls)
+    return statistics.median(times[1:])
+
+
+def measure(kind: str, rows: int, context: int, block: int) -> float:
+    """GB/s, or TFLOP/s of prefill."""
+    length = lengths_of(rows, context, kind == "ragged")
+    blocks = max(rows * -(-context // block), (1 << 29) // (KV_HEADS * block * DIM * 2))
+    pools = [torch.randn(blocks, KV_HEADS, block, DIM, dtype=torch.bfloat16, device="cuda") for _ in range(2)]
+    rng = np.random.default_rng(0)
+    work = lambda: torch.empty(256 << 20, dtype=torch.uint8, device="cuda")  # noqa: E731
+    if kind == "prefill":
+        q = torch.randn(rows * context, HEADS, DIM, dtype=torch.bfloat16, device="cuda")
+        wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(work(), "HND", backend="fa3")
+        start = torch.arange(rows + 1, dtype=torch.int32, device="cuda") * context
+        wrapper.plan(
+            start, *pages_of(length, block, blocks, rng), HEADS, KV_HEADS, DIM, block, causal=True, q_data_type=q.dtype
+        )
+        took = seconds(lambda _: wrapper.run(q, tuple(pools)), 4)
+        return 4 * DIM * HEADS * rows * (context * (context + 1) // 2) / took / 1e12
+    q = torch.randn(rows, HEADS, DIM, dtype=torch.bfloat16, device="cuda")
+    took = []
+    for tensor_cores in (True, False):
+        wrappers = []
+        for _ in range(TABLES):
+            wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(work(), "HND", use_tensor_cores=tensor_cores)
+            wrapper.plan(*pages_of(length, block, blocks, rng), HEADS, KV_HEADS, DIM, block, q_data_type=q.dtype)
+            wrappers.append(wrapper)
+        took.append(seconds(lambda i, w=wrappers: w[i].run(q, tuple(pools)), TABLES))
+        del wrappers
+    return 4 * int(length.sum()) * KV_HEADS * DIM / min(took) / 1e9
+
+
+def main() -> None:
+    figures = {}
+    for kind, rows, context, block in json.loads(sys.argv[1]):
+        try:
+            figures[f"{kind} {rows} x {context} block {block}"] = measure(kind, rows, context, block)
+        except Exception as error:
+            print(f"{kind} {rows} x {context} block {block}: {error}", file=sys.stderr)
+        torch.cuda.empty_cache()
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()
