@@ -44,7 +44,7 @@ GPU_RUN = $(or $(GPU_PYTHON),$(BIN)/python)
 gpu: $(if $(GPU_PYTHON),,$(VENV)/.installed-cuda)  ## Run the tests and the benchmarks on an NVIDIA GPU
 	@$(GPU_RUN) -c 'import jax; raise SystemExit(0 if jax.default_backend() == "gpu" else "JAX sees no GPU here: " + str(jax.devices()))'
 	XLA_PYTHON_CLIENT_PREALLOCATE=false $(GPU_RUN) -m pytest
-	set -e; for script in $(wildcard benchmarks/gpu_*.py); do $(GPU_RUN) $$script $(BENCH_ARGS); done
+	set -e; for script in $(wildcard benchmarks/gpu_*.py); do $(GPU_RUN) $$script --save $(BENCH_ARGS); done
 
 clean:  ## Remove the environment and every cache
 	if [ -e $(VENV)/pyvenv.cfg ]; then rm -rf $(VENV); fi

@@ -32,7 +32,7 @@ VLLM = {  # (model, rows, prompt): prefill tokens a second, ms a step; vLLM 0.24
     ("135M", 32, 512): (426_094, 2.995),
     ("135M", 128, 512): (439_925, 3.170),
 }
-BUDGET = {"8B": 8192, "1B": 8192, "135M": 8192, "tiny": 512}  # max_num_batched_tokens
+BUDGET = {"8B": 8192, "1B": 8192, "135M": 8192}  # max_num_batched_tokens
 READ = 3.1e12  # bytes a second that the card reads
 METHOD = """Prefill: prompt tokens / time of the steps that feed them, from a fresh state, host clock around a
 blocking call. Decode: (time of the steps of 129 new tokens - time of the first) / 128. Medians; the samples are
@@ -91,7 +91,7 @@ def main() -> None:
     parser.add_argument("--only", help="one row, like 32x512")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--attention", default="auto")
-    parser.add_argument("--name", default="decode", help="of the result file")
+    parser.add_argument("--save", action="store_true", help="write benchmarks/results/h100/decode.json")
     options = parser.parse_args()
     rows = []
     for name in options.models.split(","):
@@ -112,7 +112,8 @@ def main() -> None:
                 flush=True,
             )
         del model
-    print(record.write(options.name, rows, method=METHOD, folder="h100"))
+    if options.save:
+        print(record.write("decode", rows, method=METHOD, folder="h100"))
 
 
 if __name__ == "__main__":

@@ -155,7 +155,10 @@ def main() -> None:
     parser.add_argument("--peer-python", help="interpreter with PyTorch and FlashInfer")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--attention", default="auto")
-    parser.add_argument("--tiny", action="store_true", help="small cases, to try the script; nothing is written")
+    parser.add_argument("--tiny", action="store_true", help="small cases, to try the script")
+    parser.add_argument(
+        "--save", action="store_true", help="write kernels.json and prefill.json of benchmarks/results/h100"
+    )
     options = parser.parse_args()
     run = {"repeats": options.repeats, "attention": options.attention}
     kinds = [("decode", r, c, b) for r, c in DECODE for b in (8, 16, 128)]
@@ -187,7 +190,7 @@ def main() -> None:
             f"{name:20} block {block:3}  {row['ms']:8.4f} ms  {ours:7.1f}  peer {best}  published {published}",
             flush=True,
         )
-    if not options.tiny:
+    if options.save:
         for name, rows in results.items():
             print(record.write(name, rows, method=METHOD, folder="h100"))
 

@@ -137,7 +137,7 @@ def main() -> None:
     parser.add_argument("--k", default="3,7,15")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--tiny", action="store_true", help="two layers of 135M in float32, to see that this runs")
-    parser.add_argument("--name", default="speculative", help="of the result file")
+    parser.add_argument("--save", action="store_true", help="write results/h100/speculative.json")
     options = parser.parse_args()
     config, dtype = CONFIGS[options.model], "bfloat16"
     if options.tiny:
@@ -150,7 +150,7 @@ def main() -> None:
     name = "tiny" if options.tiny else options.model
     folder = "h100" if "H100" in jax.devices()[0].device_kind else None
     about = [{"model": name, **line} for line in lines]
-    print("not written: --tiny" if options.tiny else record.write(options.name, about, method=METHOD, folder=folder))
+    print(record.write("speculative", about, method=METHOD, folder=folder) if options.save else about)
 
 
 if __name__ == "__main__":
