@@ -1,7 +1,11 @@
 """What several test modules share: the default model's file, fetched once (93 MB), cached as for a user."""
 
 import gc
+import os
 from pathlib import Path
+
+# Tests compile far more than they compute: a third less to wait for. Set before JAX is, and for the command line too.
+os.environ.setdefault("XLA_FLAGS", "--xla_llvm_disable_expensive_passes=true")
 
 import jax
 import pytest

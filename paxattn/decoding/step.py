@@ -235,14 +235,17 @@ def advance(
     steps: Int32[Array, ""] | int | None = None,
     attention: str = "auto",
 ) -> State:
-    """Runs the batch until every row has ended, or for `steps` more steps: one program, three loops in a loop.
+    """Runs the batch until every row has ended, or for `steps` more steps: one program, loops in a loop.
 
     While a row has a prompt to feed the token axis is `budget` long; once all rows decode it is one token a
-    row. Each loop updates the pools in place. On a GPU a question that steers the program makes the device wait
-    for the host, so the plain decode loop asks one a step: whether to go on.
+    row. Each loop updates the pools in place. Where a question that steers the program makes the device wait for the
+    host, the plain case (greedy, nothing shared) has a loop of its own that asks one a step: whether to go on.
     """
     rows = state.known.size
     end = jnp.int32(2**31 - 1) if steps is None else state.stats.steps + steps
+
+    def turn(tokens, **promises):
+        return lambda state: step(model, state, budget=tokens, attention=attention, **promises)
 
     def more(state):
         return jnp.any(state.running) & (state.stats.steps < end)
@@ -250,18 +253,17 @@ def advance(
     def prompts(state):
         return jnp.any(state.pending > 1)
 
-    def prefill(state):
-        return step(model, state, budget=budget, attention=attention)
-
-    def decode(state):
-        return step(model, state, budget=rows, attention=attention)
-
-    def decode_plain(state):
-        return step(model, state, budget=rows, attention=attention, shared=False, greedy=True)
-
     def body(state):
-        state = jax.lax.while_loop(lambda s: more(s) & prompts(s), prefill, state)
-        state = jax.lax.while_loop(lambda s: more(s) & ~prompts(s) & s.is_plain, decode_plain, state)
-        return jax.lax.while_loop(lambda s: more(s) & ~prompts(s) & ~s.is_plain, decode, state)
+        state = jax.lax.while_loop(lambda s: more(s) & prompts(s), turn(budget), state)
+        if not questions_wait():
+            return jax.lax.while_loop(lambda s: more(s) & ~prompts(s), turn(rows), state)
+        plain = turn(rows, shared=False, greedy=True)
+        state = jax.lax.while_loop(lambda s: more(s) & ~prompts(s) & s.is_plain, plain, state)
+        return jax.lax.while_loop(lambda s: more(s) & ~prompts(s) & ~s.is_plain, turn(rows), state)
 
     return jax.lax.while_loop(more, body, state)
+
+
+def questions_wait() -> bool:
+    """Whether a condition or a loop makes the device wait for the host: on a GPU; a CPU saves the compile time."""
+    return jax.default_backend() == "gpu"

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import paxattn as pax
+from paxattn.decoding import step
 from paxattn.decoding.sampling import sample_keys
 from tests.toys import Toy, prompts, tokens_of
 
@@ -50,6 +51,21 @@ def test_greedy_samples_are_identical_and_knobs_are_per_prompt():
     got = [tokens_of(result)[i : i + N] for i in range(0, len(LENGTHS) * N, N)]
     assert [len({tuple(t) for t in group}) for group in got] == [1, N, 1, N]
     assert got[1] == tokens_of(shared())[N : 2 * N]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_a_loop_of_its_own_for_the_plain_case_is_unobservable(monkeypatch, temperature):
+    """Tails are shared at first, so that greedy rows start in the general loop and go over to the plain one."""
+    ids, length = prompts(LENGTHS)
+    options = {"max_new_tokens": NEW, "num_return_sequences": N, "block_size": 3, "temperature": temperature}
+    got = []
+    for waits in False, True:
+        monkeypatch.setattr(step, "questions_wait", lambda waits=waits: waits)
+        result = jax.jit(lambda ids: pax.generate(TOY, ids, length, key=keys(), **options))(ids)
+        assert not any(pax.violations(result.cache.table).values())
+        got.append((tokens_of(result), int(result.stats.steps), int(result.stats.blocks_copied)))
+    assert got[0] == got[1]
+    assert got[0][2] > 0
 
 
 def test_block_size_and_chunking_are_unobservable():

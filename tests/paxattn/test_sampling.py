@@ -78,3 +78,9 @@ def test_repetition_penalty_is_hugging_faces():
     tokens = jnp.array([[0, 1, 0, 3]])
     got = _penalise(logits, jnp.array([2.0]), tokens, jnp.array([3]))
     assert got.tolist() == [[1.0, -4.0, 1.0, 0.5]], "token 3 lies past the known ones"
+
+
+def test_a_penalty_alone_changes_a_greedy_pick():
+    logits, tokens = jnp.array([[2.0, 1.5, 0.0]] * 2), jnp.array([[0], [0]])
+    sampling = Sampling.create(2, repetition_penalty=jnp.array([1.0, 2.0]))
+    assert pick(logits, sampling, tokens, jnp.array([1, 1]))[0].tolist() == [0, 1]
