@@ -26,6 +26,9 @@ ATTENTION, SAMPLING = "tests/pallas_kernels/test_paged_attention.py", "tests/pax
 SPECULATIVE = "tests/paxattn/test_speculative.py"
 VERDICT = "tests/paxattn/test_speculative_sampling.py"
 
+PATIENCE = 900
+"""Seconds that a mutant's tests may take: several times what the sound ones do."""
+
 
 class Mutant(NamedTuple):
     """One fault: `old` becomes `new` in `file`, and `tests` must notice."""
@@ -134,9 +137,17 @@ def caught(mutant: Mutant) -> tuple[bool, str]:
             )
         file.write_text(text.replace(mutant.old, mutant.new))
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", mutant.tests]
-        result = subprocess.run(
-            command, cwd=tree, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": scratch}
-        )
+        try:
+            result = subprocess.run(
+                command,
+                cwd=tree,
+                capture_output=True,
+                text=True,
+                env={**os.environ, "PYTHONPATH": scratch},
+                timeout=PATIENCE,
+            )
+        except subprocess.TimeoutExpired:
+            return True, f"did not end in {PATIENCE} s: a loop without an end is noticed too"
         lines = result.stdout.strip().splitlines()
         # 1 is "tests failed"; anything else (nothing collected, a crash of pytest) is not a catch.
         return result.returncode == 1, lines[-1] if lines else result.stderr[-200:]
