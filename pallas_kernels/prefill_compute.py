@@ -16,11 +16,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas.mosaic_gpu import WGMMAAccumulatorRef
 
+from pallas_kernels.merge import LOW
 from pallas_kernels.prefill_walk import ROWS
 from pallas_kernels.store_rows import store_rows
 
-LOW = -1e30
-"""Where the running maximum starts: finite, so that a tile without a visible key gives exp(-inf - LOW) = 0."""
 LOG2_E = math.log2(math.e)
 
 
