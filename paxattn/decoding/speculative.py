@@ -13,13 +13,12 @@ import dataclasses
 from typing import Any
 
 import jax
-import jax.core
 import jax.numpy as jnp
 import numpy as np
 
 from paxattn.cache import Cache, extend
 from paxattn.decoding.drafters import Draft, Drafter
-from paxattn.decoding.generate import MAX_NUM_BATCHED_TOKENS, Generation, finish, prefill_budget, start
+from paxattn.decoding.generate import MAX_NUM_BATCHED_TOKENS, Generation, finish, is_traced, prefill_budget, start
 from paxattn.decoding.model import Model
 from paxattn.decoding.rejection import take
 from paxattn.decoding.sampling import logprob
@@ -92,8 +91,7 @@ def speculate(
     state = begin(drafter, state, k=num_speculative_tokens)
     budget = prefill_budget(prompt_ids.shape, max_num_batched_tokens)
     state = advance(model, drafter, state, k=num_speculative_tokens, budget=budget, attention=attention)
-    traced = isinstance(max_new_tokens, jax.core.Tracer)
-    width = state.tokens.shape[1] - 1 if traced else int(np.max(max_new_tokens))
+    width = state.tokens.shape[1] - 1 if is_traced(max_new_tokens) else int(np.max(max_new_tokens))
     return finish(state, width=width), state.tally
 
 
