@@ -7,6 +7,7 @@ A tile that reaches past its row's end is copied in smaller pieces: what is dead
 """
 
 import functools
+import itertools
 
 import jax.numpy as jnp
 from jax import lax
@@ -15,26 +16,32 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.decode_walk import Call, Item, Refs
 
+WARPS = 4
+"""Of a warpgroup."""
+
 
 def stream(call: Call, refs: Refs) -> None:
-    """Copies what all workers' shares read: a warp for the queries and keys of each, a warp for its values."""
+    """Copies what all workers' shares read: keys and values are streams of their own, for few workers of two warps."""
+    warps = min(WARPS // (2 * call.config.workers), call.config.kv_tile // call.unit)
 
     @plgpu.warp_map
     def _(warp):
-        for lane in range(call.config.workers):
-            pl.when(warp == 2 * lane)(lambda lane=lane: _stream(call, refs, lane, keys=True))
-            pl.when(warp == 2 * lane + 1)(lambda lane=lane: _stream(call, refs, lane, keys=False))
+        for i, (lane, keys, part) in enumerate(
+            itertools.product(range(call.config.workers), (True, False), range(warps))
+        ):
+            mine = functools.partial(_stream, call, refs, lane, keys=keys, part=part, parts=warps)
+            pl.when(warp == i)(mine)
 
 
-def _stream(call: Call, refs: Refs, lane: int, *, keys: bool) -> None:
+def _stream(call: Call, refs: Refs, lane: int, *, keys: bool, part: int, parts: int) -> None:
     kv_tile, unit = call.config.kv_tile, call.unit
-    block_size, offsets = jnp.int32(call.block_size), range(0, kv_tile, unit)
+    block_size, offsets = jnp.int32(call.block_size), range(part * unit, kv_tile, parts * unit)
     keys_side = refs.k, refs.k_ring, refs.full.k, refs.free.k
     values_side = refs.v, refs.v_ring, refs.full.v, refs.free.v
     pool, ring, full, free = keys_side if keys else values_side
 
     def fetch(i, item: Item, done):
-        if keys:
+        if keys and part == 0:
             buffer = call.buffer(lane, i)
             pl.when(i >= 2)(lambda: plgpu.barrier_wait(refs.free.q.at[buffer]))
             queries = refs.q.at[item.tile, item.head, call.some_rows(i)]
