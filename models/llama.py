@@ -124,7 +124,7 @@ class Llama(nnx.Module):
         """The cache has the parameters' dtype."""
         config = self.config
         return pax.CacheSpec(
-            config.num_hidden_layers, config.num_key_value_heads, config.head_dim, self.embed[...].dtype
+            config.num_hidden_layers, config.num_key_value_heads, config.head_dim, self.embed.dtype
         )
 
     def __call__(
