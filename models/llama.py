@@ -17,7 +17,7 @@ from flax import nnx
 
 import paxattn as pax
 from models.config import LlamaConfig
-from models.layers import apply_rope, rms_norm, rope_angles
+from models.layers import add_norm, rope_angles
 
 Init = Callable[[str, tuple[int, ...]], jax.Array]
 """Gives the array of a parameter by name and shape: random numbers, a checkpoint's tensor, or just a shape."""
@@ -48,12 +48,13 @@ class Layer(nnx.Module):
             self.gate_up_bias = nnx.Param(init("gate_up_bias", (2, mlp)))
             self.down_bias = nnx.Param(init("down_bias", (embed,)))
 
-    def __call__(self, x: jax.Array, angles, plan: pax.Plan, kv: pax.KV) -> tuple[jax.Array, pax.KV]:
-        """X [T, E] -> x [T, E] and the layer's pools."""
-        config = self.config
-        attended, kv = self._attention(rms_norm(x, self.attention_norm[...], config.rms_norm_eps), angles, plan, kv)
-        x = x + attended
-        return x + self._mlp(rms_norm(x, self.mlp_norm[...], config.rms_norm_eps)), kv
+    def __call__(self, x: jax.Array, delta: jax.Array | None, angles, plan: pax.Plan, kv: pax.KV):
+        """X [T, E] and what is to be added to it -> the same after the layer, and the layer's pools."""
+        eps = self.config.rms_norm_eps
+        x, normed = add_norm(x, delta, self.attention_norm[...], eps, plan.attention)
+        attended, kv = self._attention(normed, angles, plan, kv)
+        x, normed = add_norm(x, attended, self.mlp_norm[...], eps, plan.attention)
+        return x, self._mlp(normed), kv
 
     def _attention(self, x, angles, plan, kv):
         config = self.config
@@ -62,9 +63,7 @@ class Layer(nnx.Module):
             qkv = qkv + self.qkv_bias[...]
         q = qkv[:, :, :-2].reshape(x.shape[0], config.num_attention_heads, config.head_dim)
         k, v = qkv[:, :, -2], qkv[:, :, -1]
-        out, kv = pax.attend(
-            apply_rope(q, angles), apply_rope(k, angles), v, kv, plan, sliding_window=config.sliding_window
-        )
+        out, kv = pax.attend(q, k, v, kv, plan, angles=angles, sliding_window=config.sliding_window)
         out = out.reshape(x.shape[0], -1) @ self.out[...]
         return (out + self.out_bias[...] if config.attention_bias else out), kv
 
@@ -125,13 +124,14 @@ class Llama(nnx.Module):
         self, tokens: jax.Array, plan: pax.Plan, layers: tuple[pax.KV, ...]
     ) -> tuple[jax.Array, tuple[pax.KV, ...]]:
         """Tokens int32 [T] -> hidden [T, E], normed, and the pools with the tokens' keys and values."""
-        x = self.embed[...][tokens]
+        x, delta = self.embed[...][tokens], None  # each sum is made where its norm is
         angles = rope_angles(self.config, plan.position)
         pools = []
         for layer, kv in zip(self.layers, layers, strict=True):
-            x, kv = layer(x, angles, plan, kv)
+            x, delta, kv = layer(x, delta, angles, plan, kv)
             pools.append(kv)
-        return rms_norm(x, self.norm[...], self.config.rms_norm_eps), tuple(pools)
+        _, hidden = add_norm(x, delta, self.norm[...], self.config.rms_norm_eps, plan.attention)
+        return hidden, tuple(pools)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Hidden [n, E] -> float32 [n, V]."""
