@@ -42,7 +42,7 @@ def add_norm(x, delta, weight, *, eps: float, interpret=None) -> tuple[jax.Array
     load = functools.partial(_load, width=width, interpret=bool(interpret))
     store = functools.partial(_store, interpret=bool(interpret))
 
-    def body(x_ref, delta_ref, weight_ref, total_ref, normed_ref):
+    def add_and_norm(x_ref, delta_ref, weight_ref, total_ref, normed_ref):
         token = lax.axis_index("token")
         weight = load(weight_ref, 0).astype(jnp.float32)  # asked for before the sum waits for all threads
         total = (load(x_ref, token).astype(jnp.float32) + load(delta_ref, token).astype(jnp.float32)).astype(x.dtype)
@@ -54,7 +54,7 @@ def add_norm(x, delta, weight, *, eps: float, interpret=None) -> tuple[jax.Array
 
     like = jax.ShapeDtypeStruct(x.shape, x.dtype)
     return plgpu.kernel(
-        body,
+        add_and_norm,
         out_type=(like, like),
         grid=(tokens,),
         grid_names=("token",),

@@ -43,7 +43,7 @@ def copy_blocks(pools, source: jax.Array, target: jax.Array, *, null: int, inter
     piece = math.gcd(size, PIECE)
     layout = plgpu.Layout.WG_STRIDED((piece,), vec_size=piece // 128)
 
-    def body(source_ref, target_ref, *pool_refs):
+    def copy(source_ref, target_ref, *pool_refs):
         row, part = lax.axis_index("row"), lax.axis_index("part")
         here, there = source_ref[row], target_ref[row]
 
@@ -58,7 +58,7 @@ def copy_blocks(pools, source: jax.Array, target: jax.Array, *, null: int, inter
 
     refs = [jax.new_ref(pool.reshape(-1, size)) for pool in pools]
     plgpu.kernel(
-        body,
+        copy,
         out_type=(),
         grid=(target.size, size // piece),
         grid_names=("row", "part"),

@@ -57,14 +57,14 @@ def turn_and_write(q, k, v, angles, k_pool, v_pool, block, slot, query_start, *,
     tasks = kv_heads * qkv.shape[2] * head_dim // (2 * VECTOR)
     turn = _turn_interpreted if interpret else _turn
 
-    def body(qkv_ref, cos_ref, sin_ref, block_ref, slot_ref, query_start_ref, k_ref, v_ref, q_ref):
+    def turn_and_write_kernel(qkv_ref, cos_ref, sin_ref, block_ref, slot_ref, query_start_ref, k_ref, v_ref, q_ref):
         token, part = lax.axis_index("token"), lax.axis_index("part")
         live = token < query_start_ref[query_start.size - 1]
         turn(qkv_ref, cos_ref, sin_ref, q_ref, k_ref, v_ref, token, part, block_ref[token], slot_ref[token], live)
 
     k_ref, v_ref = jax.new_ref(k_pool), jax.new_ref(v_pool)
     q = plgpu.kernel(
-        body,
+        turn_and_write_kernel,
         out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
         grid=(1 if interpret else -(-tasks // 128), tokens),
         grid_names=("part", "token"),
