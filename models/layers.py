@@ -22,11 +22,9 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
 
 
 def add_norm(
-    x: jax.Array, delta: jax.Array | None, weight: jax.Array, eps: float, attention: str
+    x: jax.Array, delta: jax.Array, weight: jax.Array, eps: float, *, attention: str
 ) -> tuple[jax.Array, jax.Array]:
-    """The sum of x and delta, and its norm: one kernel where the attention named has kernels. None: x as it is."""
-    if delta is None:
-        return x, rms_norm(x, weight, eps)
+    """The sum of x and delta, and its norm: one kernel where the attention named has kernels."""
     if mosaic.chosen(attention) and kernel.fits(x, weight):
         return kernel.add_norm(x, delta, weight, eps=eps)
     x = x + delta

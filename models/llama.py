@@ -17,7 +17,7 @@ from flax import nnx
 
 import paxattn as pax
 from models.config import LlamaConfig
-from models.layers import add_norm, rope_angles
+from models.layers import add_norm, rms_norm, rope_angles
 
 Init = Callable[[str, tuple[int, ...]], jax.Array]
 """Gives the array of a parameter by name and shape: random numbers, a checkpoint's tensor, or just a shape."""
@@ -48,13 +48,12 @@ class Layer(nnx.Module):
             self.gate_up_bias = nnx.Param(init("gate_up_bias", (2, mlp)))
             self.down_bias = nnx.Param(init("down_bias", (embed,)))
 
-    def __call__(self, x: jax.Array, delta: jax.Array | None, angles, plan: pax.Plan, kv: pax.KV):
-        """X [T, E] and what is to be added to it -> the same after the layer, and the layer's pools."""
-        eps = self.config.rms_norm_eps
-        x, normed = add_norm(x, delta, self.attention_norm[...], eps, plan.attention)
+    def __call__(self, x: jax.Array, normed: jax.Array, following: jax.Array, angles, plan: pax.Plan, kv: pax.KV):
+        """X [T, E] and its norm -> both after the layer, by the `following` norm's weight, and its pools."""
+        eps, name = self.config.rms_norm_eps, plan.attention
         attended, kv = self._attention(normed, angles, plan, kv)
-        x, normed = add_norm(x, attended, self.mlp_norm[...], eps, plan.attention)
-        return x, self._mlp(normed), kv
+        x, normed = add_norm(x, attended, self.mlp_norm[...], eps, attention=name)
+        return *add_norm(x, self._mlp(normed), following, eps, attention=name), kv
 
     def _attention(self, x, angles, plan, kv):
         config = self.config
@@ -73,6 +72,12 @@ class Layer(nnx.Module):
             gate_up = gate_up + self.gate_up_bias[...]
         out = (jax.nn.silu(gate_up[:, 0]) * gate_up[:, 1]) @ self.down[...]
         return out + self.down_bias[...] if self.config.mlp_bias else out
+
+
+@jax.jit
+def _run(layer: Layer, *given) -> tuple[jax.Array, jax.Array, pax.KV]:
+    """One layer, traced once for all of a model's; XLA puts each call's body in its place."""
+    return layer(*given)
 
 
 class Llama(nnx.Module):
@@ -116,22 +121,21 @@ class Llama(nnx.Module):
     def cache_spec(self) -> pax.CacheSpec:
         """The cache has the parameters' dtype."""
         config = self.config
-        return pax.CacheSpec(
-            config.num_hidden_layers, config.num_key_value_heads, config.head_dim, self.embed[...].dtype
-        )
+        return pax.CacheSpec(config.num_hidden_layers, config.num_key_value_heads, config.head_dim, self.embed.dtype)
 
     def __call__(
         self, tokens: jax.Array, plan: pax.Plan, layers: tuple[pax.KV, ...]
     ) -> tuple[jax.Array, tuple[pax.KV, ...]]:
         """Tokens int32 [T] -> hidden [T, E], normed, and the pools with the tokens' keys and values."""
-        x, delta = self.embed[...][tokens], None  # each sum is made where its norm is
+        x = self.embed[...][tokens]
+        norms = iter([*(layer.attention_norm[...] for layer in self.layers), self.norm[...]])
+        normed = rms_norm(x, next(norms), self.config.rms_norm_eps)
         angles = rope_angles(self.config, plan.position)
         pools = []
         for layer, kv in zip(self.layers, layers, strict=True):
-            x, delta, kv = layer(x, delta, angles, plan, kv)
+            x, normed, kv = _run(layer, x, normed, next(norms), angles, plan, kv)
             pools.append(kv)
-        _, hidden = add_norm(x, delta, self.norm[...], self.config.rms_norm_eps, plan.attention)
-        return hidden, tuple(pools)
+        return normed, tuple(pools)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Hidden [n, E] -> float32 [n, V]."""
