@@ -24,6 +24,7 @@ BEAM, FAN_OUT = "tests/paxattn/test_beam.py", "tests/paxattn/test_fan_out.py"
 ATTENTION, SAMPLING = "tests/pallas_kernels/test_paged_attention.py", "tests/paxattn/test_sampling.py"
 
 SPECULATIVE = "tests/paxattn/test_speculative.py"
+SMALL = "tests/pallas_kernels/test_small_kernels.py"
 VERDICT = "tests/paxattn/test_speculative_sampling.py"
 
 PATIENCE = 900
@@ -118,6 +119,14 @@ MUTANTS = (
     Mutant("speculation: a rejected place draws from p", "paxattn/decoding/rejection.py", "jnp.maximum(p - q, 0)", "jnp.maximum(p, 0)", VERDICT),
     Mutant("speculation: the verdict has the draft's noise", "paxattn/decoding/rejection.py", "stream(each, ACCEPT)", "stream(each, DRAFT)", VERDICT),
     Mutant("speculation: guesses have the noise of tokens", "paxattn/decoding/drafters.py", "sampling = stream(state.sampling, DRAFT)", "sampling = state.sampling", VERDICT),
+    Mutant("an idle token's key is written", "pallas_kernels/rope.py", "live = token < query_start_ref[query_start.size - 1]", "live = token >= 0", SMALL),
+    Mutant("a key is written without its turn", "pallas_kernels/rope.py", "k_pool[block, kv_head, slot, :] = apply_rope(qkv[token, kv_head, group, :], angles)", "k_pool[block, kv_head, slot, :] = qkv[token, kv_head, group, :]", SMALL),
+    Mutant("a norm over the filled-up row", "pallas_kernels/add_norm.py", "jnp.sum(wide * wide) / embed", "jnp.sum(wide * wide) / width", SMALL),
+    Mutant("the norm of x alone", "pallas_kernels/add_norm.py", "wide = total.astype(jnp.float32)", "wide = load(x_ref, token).astype(jnp.float32)", SMALL),
+    Mutant("a copy to NULL", "pallas_kernels/copy_blocks.py", "@pl.when(there != null)", "@pl.when(there >= null)", SMALL),
+    Mutant("the last pools are not copied", "pallas_kernels/copy_blocks.py", "for i in range(0, len(pool_refs), AT_ONCE)", "for i in range(0, AT_ONCE, AT_ONCE)", SMALL),
+    Mutant("asked for xla, small kernels run", "pallas_kernels/mosaic.py", 'return implementation in ("auto", "mosaic") and on_hopper()', "return on_hopper()", SMALL),
+    Mutant("angles are forgotten", "paxattn/attention.py", "if angles is None:", "if True:", SMALL),
 )  # fmt: skip
 
 
