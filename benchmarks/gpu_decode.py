@@ -131,9 +131,9 @@ def main() -> None:
                 f"   [{time.perf_counter() - began:.0f} s]",
                 flush=True,
             )
+            if options.save:  # after each row: a run that is cut leaves what it has
+                record.write("decode", rows, method=METHOD, folder="h100")
         del model
-    if options.save:
-        print(record.write("decode", rows, method=METHOD, folder="h100"))
 
 
 if __name__ == "__main__":
