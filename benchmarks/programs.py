@@ -1,6 +1,6 @@
 """Programs compiled ahead and side by side: XLA takes long for one and leaves most cores of a GPU's host idle.
 
-    shapes of the model and of a run, no arrays -> lowered -> threads compile -> called with arrays
+    shapes of the model and of a run, no arrays -> lowered one by one -> threads compile -> called with arrays
 
 What compilation times on the GPU it times under a lock, so programs compiled together choose as they would alone.
 """
@@ -42,6 +42,7 @@ def number() -> jax.ShapeDtypeStruct:
 def side_by_side[Name: Hashable](
     lower: Mapping[Name, Callable[[], jax.stages.Lowered]],
 ) -> dict[Name, jax.stages.Compiled]:
-    """Lowers and compiles all of them in threads."""
+    """Lowers one after the other, as Python does one thing at a time, and compiles in threads."""
     with ThreadPoolExecutor(16) as pool:
-        return dict(zip(lower, pool.map(lambda make: make().compile(), lower.values()), strict=True))
+        compiling = {name: pool.submit(make().compile) for name, make in lower.items()}
+        return {name: future.result() for name, future in compiling.items()}
