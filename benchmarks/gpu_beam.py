@@ -206,7 +206,7 @@ def main() -> None:
 
     rows = []
     for which in used:
-        model = compiled[which](jax.random.key(0))
+        model = programs.make(compiled[which])
         for case in (case for case in cases if case[1] == which):
             kind, _, *sizes = case
             told = names.get(which, "tiny"), *sizes, options.repeats

@@ -118,7 +118,7 @@ def main() -> None:
     print(f"compiled in {time.perf_counter() - began:.0f} s", flush=True)
     rows = []
     for name in shapes:
-        model = compiled[name, "make"](jax.random.key(0))
+        model = programs.make(compiled[name, "make"])
         for num_rows, prompt in (case[1:] for case in chosen if case[0] == name):
             began = time.perf_counter()
             row = measure(name, model, compiled, num_rows, prompt, NEW, options.repeats)

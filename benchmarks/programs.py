@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 import models
+import paxattn as pax
 
 
 def maker(config: models.LlamaConfig, dtype: str):
@@ -19,9 +20,14 @@ def maker(config: models.LlamaConfig, dtype: str):
     return lambda key: models.random_llama(config, key, dtype)
 
 
-def model_shapes(config: models.LlamaConfig, dtype: str):
-    """The model of `maker` without its arrays."""
-    return jax.eval_shape(maker(config, dtype), jax.random.key(0))
+def make(program: jax.stages.Compiled) -> pax.Packed:
+    """The model that the compiled program of `lower_maker` gives."""
+    return pax.pack(jax.block_until_ready(program(jax.random.key(0))))
+
+
+def model_shapes(config: models.LlamaConfig, dtype: str) -> pax.Packed:
+    """The model of `maker` without its arrays, packed."""
+    return pax.pack(jax.eval_shape(maker(config, dtype), jax.random.key(0)))
 
 
 def lower_maker(config: models.LlamaConfig, dtype: str) -> jax.stages.Lowered:
