@@ -131,16 +131,18 @@ def step(
     budget: int,
     count: Int32[Array, "B"] | None = None,
     attention: str = "auto",
+    max_queries: int | None = None,
     shared: bool = True,
     greedy: bool = False,
 ) -> State:
     """Feeds up to `budget` tokens, `count[b]` of row b (as `share` deals them by default), picks, retires, frees.
 
-    `shared=False` promises that no block has two holders, `greedy=True` that no row uses a sampling knob: what such a
-    step does not need is then left out of the program.
+    `max_queries` promises that no row feeds more, `shared=False` that no block has two holders, `greedy=True` that no
+    row uses a sampling knob: what such a step does not need is then left out of the program.
     """
     count = share(state.pending, budget) if count is None else count
-    fed, newest = feed(model, state, count, budget=budget, attention=attention, shared=shared)
+    promised = {"max_queries": max_queries, "shared": shared}
+    fed, newest = feed(model, state, count, budget=budget, attention=attention, **promised)
     return settle(model, fed, newest, picks=(count > 0) & (fed.pending == 0), greedy=greedy)
 
 
@@ -151,6 +153,7 @@ def feed(
     *,
     budget: int,
     attention: str = "auto",
+    max_queries: int | None = None,
     shared: bool = True,
 ) -> tuple[State, Float[Array, "B E"]]:
     """Feeds `count[b]` pending tokens of each row: paging, the model, the counters; picks nothing.
@@ -161,7 +164,8 @@ def feed(
       The state, and the hidden state of each row's newest token (of some other token where count is 0).
     """
     before, stats = state.cache.table.blocks.num_used, state.stats
-    cache, plan, status = extend(state.cache, count, budget=budget, attention=attention, shared=shared)
+    promised = {"max_queries": max_queries, "shared": shared}
+    cache, plan, status = extend(state.cache, count, budget=budget, attention=attention, **promised)
     tokens = jnp.where(plan.live, state.tokens[state.line[plan.row], plan.position], 0)
     hidden, layers = model(tokens, plan, cache.layers)
     now, copied = sharing(cache.table), plan.copies.count
