@@ -186,7 +186,7 @@ def _phase(old: Frame, new: Frame, guessing: np.ndarray, joined: np.ndarray) -> 
     """What each row did: one that had several tokens pending, or none cached, was fed a prompt."""
     came = new.running & (~old.running | (old.line != new.line))
     pending = np.where(came, 2, old.known - old.length)
-    if old.counters is None:  # a bare table: nobody knows what is pending, but the row grew by it
+    if new.counters is None:  # a bare table: nobody knows what is pending, but the row grew by it
         pending = new.length - old.length
     phase = np.where(pending > 1, Phase.PREFILL, Phase.DECODE)
     moved = came | (old.running & ((new.length != old.length) | ~new.running)) & (pending > 0)

@@ -15,6 +15,7 @@ from paxattn import viz
 from paxattn.decoding import beam, speculative
 from paxattn.serving.loop import most, open_service, run
 from paxattn.serving.queue import put
+from paxattn.viz.picture import HUES
 from paxattn.viz.recording import Phase
 from tests.toys import Chain, prompts
 
@@ -109,6 +110,12 @@ def test_every_block_is_drawn_once_with_its_holders_and_its_count():
         assert who == "..".join("ABC"[row] for row in sorted({holders[0], holders[-1]}))
 
 
+def test_a_shared_block_has_two_colours():
+    svg = viz.page_map(verbs()[1]).svg()
+    (halves,) = re.findall(r'fill="([^"]+)" d="([^"]+)" pointer-events="none"', svg)
+    assert halves == (HUES[2], "M83 24v19h-19zM103 24v19h-19z"), "rows A and C share blocks 1 and 2"
+
+
 def test_the_text_version():
     _, t = verbs()
     assert str(viz.page_map(t)) == (
@@ -151,6 +158,15 @@ def test_the_life_of_a_table_by_hand():
     assert moves[4].rolled_back == 2
     assert moves[5].ended.all()
     assert moves[3].phase.tolist() == [Phase.PREFILL, Phase.IDLE, Phase.IDLE]
+
+
+def test_a_copy_is_no_page_of_a_prompt():
+    """Row 0 is fed six tokens, the first into a tail that it shares; row 1 decodes."""
+    t = pax.fork(pax.append(table(), jnp.array([10, 5, 0]))[0], jnp.array([0, 1, 0]))
+    film = viz.Recording()
+    film.see(pax.append(film.see(t), jnp.array([6, 1, 0]))[0])
+    (move,) = film.moves
+    assert (move.allocated, move.copies, move.prefilled) == (2, 1, 1)
 
 
 @pytest.mark.parametrize("make", [served, searched, whole])
