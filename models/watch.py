@@ -1,8 +1,8 @@
 """`paxattn inspect SRC --watch TEXT ...`: the page map while a model answers, then what happened, in characters.
 
-    terminal       the map is redrawn in place, a step at a time
-    pipe or file   the map where the pool was fullest
-    both           the timeline of the run, and what each phase did to page table and pool
+terminal       the map is redrawn in place, a step at a time
+pipe or file   the map where the pool was fullest
+both           the timeline of the run, and what each phase did to page table and pool
 """
 
 import sys
