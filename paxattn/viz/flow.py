@@ -41,7 +41,9 @@ def phases(film: Recording) -> list[Row]:
 
     fed, taken = ([sum(part) for part in zip(*map(of, moves), strict=True)] for of in (_fed, _taken))
     copies, dropped, back, preempted = map(total, ("copies", "dropped", "rolled_back", "preempted"))
-    died = 0 if preempted else dropped  # beams; a service has none
+    died = dropped if total("joined") and not preempted else 0  # beams; a service has none
+    lost = dropped if preempted else 0
+    given_back = total("freed") - back - died - lost
     guess = f"{total('guessed')} tokens guessed, " if total("guessed") else ""
     rows = [
         Row(
@@ -62,8 +64,8 @@ def phases(film: Recording) -> list[Row]:
             taken[2],
             back,
         ),
-        Row("Preempt", f"{_many(preempted, 'request')} sent back to wait", "rows emptied", 0, dropped - died),
-        Row("Free", f"{_many(total('ended'), 'row')} ended", "rows emptied", 0, total("freed") - back - dropped),
+        Row("Preempt", f"{_many(preempted, 'request')} sent back to wait", "rows emptied", 0, lost),
+        Row("Free", f"{_many(total('ended'), 'row')} ended", "rows emptied", 0, given_back),
     ]
     happened = (
         fed[0],
@@ -71,7 +73,7 @@ def phases(film: Recording) -> list[Row]:
         total("joined") + copies,
         total("guessed") + total("rejected"),
         preempted,
-        total("ended"),
+        total("ended") + given_back,
     )
     return [row for row, once in zip(rows, happened, strict=True) if once]
 
