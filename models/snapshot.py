@@ -111,7 +111,7 @@ def _describe(node: Any, name: str, arrays: dict[str, jax.Array]) -> Any:
         return None
     if not isinstance(node, jax.Array | np.ndarray | np.generic):
         raise SnapshotError(f"{name} is a {type(node).__name__}; a snapshot holds arrays and structs of paxattn only.")
-    if jnp.issubdtype(node.dtype, jax.dtypes.prng_key):
+    if isinstance(node, jax.Array) and jnp.issubdtype(node.dtype, jax.dtypes.prng_key):
         return {"key": str(jax.random.key_impl(node)), "data": _describe(jax.random.key_data(node), name, arrays)}
     arrays[name] = array = jnp.asarray(node)
     if not array.size:  # nothing for Orbax to store
