@@ -13,7 +13,7 @@ BENCH_ARGS  ?=
 GPU_PYTHON  ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench gpu docs mutants clean
+.PHONY: help demo test check bench gpu docs notebooks mutants clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -33,8 +33,11 @@ check: $(STAMP)  ## Lint, formatting, types, direction of imports
 bench: $(STAMP)  ## Compare with Hugging Face transformers on this CPU (needs room for PyTorch, about 1 GB)
 	$(BIN)/python benchmarks/cpu_decode.py $(BENCH_ARGS)
 
-docs: $(STAMP)  ## Check the documents: links lead somewhere, commands in the README run
-	$(BIN)/python -m pytest -q tests/test_docs.py
+docs: $(STAMP)  ## Build the documentation site into docs/_build/html; a warning is an error
+	$(BIN)/python -m sphinx -W --keep-going -q -c docs . docs/_build/html
+
+notebooks: $(VENV)/.installed-notebooks  ## Run every notebook in a kernel and keep what it shows
+	$(BIN)/jupyter nbconvert --log-level=WARN --to notebook --execute --inplace notebooks/*.ipynb
 
 mutants: $(STAMP)  ## Test the tests: break the code on purpose, see that a test notices
 	$(BIN)/python -m tests.mutants
@@ -79,4 +82,8 @@ $(STAMP): pyproject.toml
 
 $(VENV)/.installed-cuda: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$(EXTRAS),cuda13]'
+	@touch $@
+
+$(VENV)/.installed-notebooks: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$(EXTRAS),notebooks]'
 	@touch $@

@@ -110,12 +110,10 @@ def _verify(path: Path) -> None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{path / MANIFEST} cannot be read ({type(error).__name__}: {error}): nothing else says that "
-            "the files are intact; convert the model again"
+            "the files are intact; write it again"
         ) from error
     if version != _VERSION:
-        raise CheckpointError(
-            f"{path / MANIFEST} has version {version!r}, known here: {_VERSION}; convert the model again"
-        )
+        raise CheckpointError(f"{path / MANIFEST} has version {version!r}, known here: {_VERSION}; write it again")
     found = _inventory(path)
     complaints = [
         *(f"missing: {name}" for name in sorted(expected.keys() - found.keys())),
@@ -126,7 +124,7 @@ def _verify(path: Path) -> None:
         listing = "\n  ".join(complaints)
         raise CheckpointError(
             f"{path} is not what was saved:\n  {listing}\nRemove what does not belong there, else copy or "
-            "convert the model again"
+            "write it again"
         )
 
 

@@ -28,6 +28,7 @@ EXAMPLES = """examples:
   paxattn generate "Name a colour." --num-return-sequences 4 --temperature 0.8
   paxattn generate "Count: 1 2 3 1 2 3 1 2" --no-chat --speculate ngram --json
   paxattn inspect smollm2-135m
+  paxattn inspect smollm2-135m --watch "Once upon a time" "Water boils at" --block-size 4
   paxattn convert smollm2-135m ./smollm2-orbax
   paxattn serve-bench --shapes tiny --requests 64 --max-num-seqs 16 --num-blocks 800 --json
 """
@@ -120,6 +121,8 @@ def parser() -> argparse.ArgumentParser:
     inspect = command("inspect", "Show a checkpoint's configuration and what its cache costs.")
     inspect.add_argument("source", metavar="SRC")
     inspect.add_argument("--block-size", type=int, default=16, metavar="S")
+    inspect.add_argument("--watch", nargs="+", metavar="TEXT", help="answer these and draw the page map on the way")
+    inspect.add_argument("--max-new-tokens", type=int, default=32, metavar="N", help="of each answer that is watched")
     add_dtype(inspect)
 
     convert = command("convert", "Write an Orbax directory with a sha256 manifest.")
@@ -242,10 +245,17 @@ def _inspect(options: argparse.Namespace) -> int:
     import jax
 
     import models
+    from models.watch import watch
 
     if options.block_size < 1:
         raise ValueError(f"block_size is {options.block_size}, must be at least 1.")
     lm = models.load(options.source, dtype=options.dtype)
+    if options.watch:
+        if options.json:
+            raise ValueError("--watch draws; leave out --json.")
+        sizes = {"block_size": options.block_size, "max_new_tokens": options.max_new_tokens}
+        watch(lm, options.watch, **sizes)
+        return 0
     config, spec = lm.model.config, lm.model.cache_spec
     leaves = jax.tree.leaves(lm.model)
     size = sum(leaf.nbytes for leaf in leaves)

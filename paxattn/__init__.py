@@ -8,9 +8,11 @@ pax.serve(model, requests, max_num_seqs=8), pax.Engine                 more requ
 pax.speculate(model, prompt_ids, prompt_length, drafter=pax.NGram(), ...)   faster
 pax.append, fork, truncate, free                                       the verbs it is made of
 pax.paged_attention                                                    the kernel underneath
+pax.viz                                                                page map, timeline and flow of a run as pictures
 """
 
 from pallas_kernels import paged_attention
+from paxattn import viz
 from paxattn.attention import attend
 from paxattn.blocks import NULL, Blocks, allocate, release, retain
 from paxattn.cache import KV, Cache, CacheSpec, Plan, extend, view, write
@@ -39,7 +41,7 @@ __all__ = [  # noqa: RUF022 - in the order that a newcomer meets them
     "serve", "Requests", "Served", "Policy", "Engine", "Answer",
     "Cache", "CacheSpec", "KV", "Plan", "extend", "write", "view", "attend", "paged_attention",
     "PageTable", "append", "fork", "truncate", "free", "locate", "violations",
-    "sharing", "Sharing",
+    "sharing", "Sharing", "viz",
     "Blocks", "allocate", "retain", "release", "NULL",
     "Status", "check", "PagingError", "__version__",
 ]  # fmt: skip

@@ -66,6 +66,10 @@ class Cache:
             tuple(KV(jnp.zeros(shape, spec.dtype), jnp.zeros(shape, spec.dtype)) for _ in range(spec.num_layers)),
         )
 
+    def _repr_html_(self) -> str:
+        """A notebook shows the page map of its table."""
+        return self.table._repr_html_()
+
 
 @struct
 class Plan:

@@ -59,6 +59,12 @@ class PageTable:
         """Pages that rows of these lengths take."""
         return (length + self.block_size - 1) // self.block_size
 
+    def _repr_html_(self) -> str:
+        """A notebook shows the page map."""
+        from paxattn.viz import page_map
+
+        return page_map(self)._repr_html_()
+
 
 @struct
 class Copies:

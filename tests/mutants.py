@@ -27,6 +27,8 @@ SPECULATIVE = "tests/paxattn/test_speculative.py"
 SMALL = "tests/pallas_kernels/test_small_kernels.py"
 VERDICT = "tests/paxattn/test_speculative_sampling.py"
 
+VIZ, SNAPSHOT = "tests/paxattn/test_viz.py", "tests/models/test_snapshot.py"
+
 PATIENCE = 900
 """Seconds that a mutant's tests may take: several times what the sound ones do."""
 
@@ -128,6 +130,22 @@ MUTANTS = (
     Mutant("the last pools are not copied", "pallas_kernels/copy_blocks.py", "for i in range(0, len(pool_refs), AT_ONCE)", "for i in range(0, AT_ONCE, AT_ONCE)", SMALL),
     Mutant("asked for xla, small kernels run", "pallas_kernels/mosaic.py", 'return implementation in ("auto", "mosaic") and on_hopper()', "return on_hopper()", SMALL),
     Mutant("angles are forgotten", "paxattn/attention.py", "if angles is None:", "if True:", SMALL),
+    Mutant("pictures: shared blocks look private", "paxattn/viz/pages.py", "if first[block] != last[block]:\n                corners", "if False:\n                corners", VIZ),
+    Mutant("pictures: a block too many is free", "paxattn/viz/pages.py", "elif count == 0:", "elif count <= 1:", VIZ),
+    Mutant("pictures: forks of held blocks are not seen", "paxattn/viz/recording.py", "gained & ~fresh & ~_held_before(old, new)", "gained & ~fresh & fresh_block[new.pages]", VIZ),
+    Mutant("pictures: a copy counts as a new page", "paxattn/viz/recording.py", "(fresh & ~copied)[phase == Phase.PREFILL]", "fresh[phase != Phase.IDLE]", VIZ),
+    Mutant("pictures: preempted requests have ended", "paxattn/viz/recording.py", "bool(on) and line in new.waiting", "bool(on) and line not in new.waiting", VIZ),
+    Mutant("pictures: rollback is not returned", "paxattn/viz/flow.py", 'total("freed") - back - died', 'total("freed") - died', VIZ),
+    Mutant("pictures: beams that died return nothing", "paxattn/viz/flow.py", 'died = dropped if total("joined") and not preempted else 0', "died = 0", VIZ),
+    Mutant("pictures: guesses are fed in prefill", "paxattn/viz/recording.py", "np.where(guessing, Phase.SPECULATIVE, phase)", "phase", VIZ),
+    Mutant("pictures: a file knows no dark theme", "paxattn/viz/picture.py", "prefers-color-scheme:dark", "min-width:1px", VIZ),
+    Mutant("speculation: copies are not counted", "paxattn/decoding/speculative.py", "before.stats.blocks_copied + copied", "before.stats.blocks_copied", VIZ),
+    Mutant("snapshot: keys lose their kind", "models/snapshot.py", "jax.random.wrap_key_data(_rebuild(data, arrays), impl=impl)", "jax.random.wrap_key_data(_rebuild(data, arrays))", SNAPSHOT),
+    Mutant("snapshot: any model will do", "models/snapshot.py", 'if config["model"] != fingerprint(model):', "if False:", SNAPSHOT),
+    Mutant("snapshot: the order of parameters does not count", "models/snapshot.py", "jnp.sum(bits * place, dtype=jnp.uint32)", "jnp.sum(bits, dtype=jnp.uint32)", SNAPSHOT),
+    Mutant("snapshot: static fields are forgotten", "models/snapshot.py", "k: v if known[k] else _rebuild(v, arrays)", "k: 1 if known[k] else _rebuild(v, arrays)", SNAPSHOT),
+    Mutant("snapshot: empty arrays come back as scalars", "models/snapshot.py", "return jnp.zeros(shape, dtype)", "return jnp.zeros((), dtype)", SNAPSHOT),
+    Mutant("snapshot: files are not checked", "models/checkpoint.py", "    _verify(path)\n    sharding", "    sharding", SNAPSHOT),
 )  # fmt: skip
 
 

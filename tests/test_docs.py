@@ -2,7 +2,7 @@
 
 A command of the README is of a known kind or the test fails: nothing stands there unchecked by accident.
 `make X` must be a target (running it is the business of that target), `paxattn ...` and the Python blocks, as
-one program, are run; commands that fetch or install are left alone.
+one program, are run, and so are those of each how-to; commands that fetch or install are left alone.
 """
 
 import re
@@ -112,3 +112,8 @@ def test_the_drafter_of_the_architecture_guesses_and_changes_no_token():
     exec(code, names)
     state = check(names["Habit"](VOCAB), started(block_size=3), 5)
     assert int(state.tally.drafted.sum()) > int(state.tally.accepted.sum()) > 0
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs" / "howto").glob("*.md")), ids=lambda p: p.stem)
+def test_python_of_a_howto_runs(page):
+    exec("\n".join(blocks(page.read_text("utf-8"), "python")), {"__name__": "__main__"})

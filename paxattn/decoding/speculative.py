@@ -183,7 +183,8 @@ def verify(model: Model, state: Speculation, draft: Draft, *, attention: str = "
     )
     table = truncate(cache.table, jnp.where(after.running, after.known - 1, 0))
     after = dataclasses.replace(after, cache=Cache(table, layers))
-    return _counted(state, after, cache.table, accepted=(kept & agrees).sum(axis=1, dtype=jnp.int32))
+    accepted = (kept & agrees).sum(axis=1, dtype=jnp.int32)
+    return _counted(state, after, cache.table, accepted=accepted, copied=plan.copies.count)
 
 
 def _put(buffer, at, values, where):
@@ -213,7 +214,7 @@ def _counts(state: Speculation, guessed: Int32[Array, "B"], k: int) -> Int32[Arr
     return jnp.where(state.running, count, 0)
 
 
-def _counted(before: Speculation, after: Speculation, reserved: PageTable, *, accepted) -> Speculation:
+def _counted(before: Speculation, after: Speculation, reserved: PageTable, *, accepted, copied) -> Speculation:
     """Counts a verify step; `reserved` is the page table between `extend` and `truncate`."""
     table, was = after.cache.table, before.cache.table
     held, fed = reserved.blocks.num_used, reserved.length - was.length
@@ -224,6 +225,7 @@ def _counted(before: Speculation, after: Speculation, reserved: PageTable, *, ac
         tokens_fed=before.stats.tokens_fed + jnp.sum(fed),
         blocks_allocated=before.stats.blocks_allocated + held - was.blocks.num_used,
         blocks_freed=before.stats.blocks_freed + held - table.blocks.num_used,
+        blocks_copied=before.stats.blocks_copied + copied,
         blocks_peak=jnp.maximum(before.stats.blocks_peak, held),
     )
     plain = before.known  # what the row would have cached after a step of plain decoding

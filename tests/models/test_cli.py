@@ -4,7 +4,9 @@ import json
 
 import pytest
 
+import models
 from models.cli import main
+from models.watch import watch
 from tests.paths import GOLDEN
 
 TINY = str(GOLDEN / "tiny_llama")
@@ -96,10 +98,23 @@ def test_inspect(capsys):
     assert run(capsys, "inspect", TINY)[1].count("\n") > 10
 
 
+@pytest.mark.parametrize("live", [False, True])
+def test_watching_draws_the_fullest_map_or_every_one_in_place(capsys, monkeypatch, live):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: live)
+    film = watch(models.load(TINY), [[1, 2, 3], [4]], block_size=4, max_new_tokens=6, eos_token_id=())
+    out = capsys.readouterr().out
+    most = max(frame.used for frame in film.frames)
+    assert f"{most} of" in out
+    assert "row A  |pdddd||" in out
+    assert "Decode  | 10 tokens fed in 5 steps" in out
+    assert out.count("\x1b[") == (2 * (len(film.frames) - 2) if live else 0)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["generate"], "no prompt was given"),
+        (["inspect", TINY, "--watch", "x", "--json"], "--watch draws; leave out --json"),
         (["generate", "--prompt-ids", "1,x"], "must be integers separated by commas"),
         (["generate", "--prompt-ids", "1", "--model", "/no/such/dir"], "/no/such/dir"),
         (["generate", "--prompt-ids", "1", "--model", TINY, "--block-size", "0"], "block_size is 0"),
