@@ -20,8 +20,7 @@ PRIORITY = np.arange(LINES, dtype=np.int32) % 4
 SIZES = {"max_num_seqs": 3, "max_model_len": 64, "max_num_batched_tokens": 19}
 SETTINGS = {
     "first": {"block_size": 3, "num_blocks": 24, "policy": pax.Policy()},
-    "short": {"block_size": 16, "num_blocks": 9, "policy": pax.Policy(admit=shortest_prompt)},
-    "priority": {"block_size": 1, "num_blocks": 60, "policy": pax.Policy(highest_priority, highest_priority, 0.1)},
+    "priority": {"block_size": 1, "num_blocks": 60, "policy": pax.Policy(shortest_prompt, highest_priority, 0.1)},
 }
 
 
@@ -71,7 +70,8 @@ def test_two_thousand_pools_at_once_are_two_thousand_pools():
     assert (many.finish == pax.Finish.LENGTH).all()
     alone = jax.jit(one)
     for i in (0, 1, 700, 2047):
-        jax.tree.map(np.testing.assert_array_equal, jax.tree.map(lambda x, i=i: x[i], many), alone(prompt[i], answer[i], watermark[i]))  # fmt: skip
+        want = alone(prompt[i], answer[i], watermark[i])
+        jax.tree.map(np.testing.assert_array_equal, jax.tree.map(lambda x, i=i: x[i], many), want)
     preempted = np.asarray(many.preemptions.sum(axis=1))
     assert preempted[:512].sum() > preempted[-512:].sum() == 0, "a pool that admits for the whole life preempts nobody"
 
@@ -107,9 +107,10 @@ def test_reserved_memory_is_the_rule_with_lists(way):
 
 
 def test_branches_share_what_arithmetic_says():
-    """n rows of one prompt: whole blocks of the prompt once, a tail a row; rows that follow one row share all but tails."""
+    """n rows of one prompt: its whole blocks once, a tail a row; rows that follow one row share all but tails."""
     prompt, answer, size = 10, 5, 4
-    go = jax.jit(lambda parents: branch(jnp.int32(prompt), jnp.int32(answer), parents, steps=8, block_size=size, max_model_len=32))  # fmt: skip
+    sizes = {"steps": 8, "block_size": size, "max_model_len": 32}
+    go = jax.jit(lambda parents: branch(jnp.int32(prompt), jnp.int32(answer), parents, **sizes))
     samples, copied, faults = go(jnp.arange(3)[None])
     pages = [-(-(prompt + i) // size) for i in range(1, answer + 1)]
     assert int(faults) == 0
