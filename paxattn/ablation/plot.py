@@ -25,12 +25,19 @@ SCALE = {"wasted": 100, "saving": 100, "peak_bytes": 1e-9, "table_bytes": 1e-3}
 INK = "#808080"  # readable on white and on black
 
 
-def plot(rows: Sequence[dict[str, Any]], path: str | Path | None = None, *, panels: Sequence[str] = tuple(PANELS)):
+def plot(
+    rows: Sequence[dict[str, Any]],
+    path: str | Path | None = None,
+    *,
+    by: Sequence[str] = (),
+    panels: Sequence[str] = tuple(PANELS),
+):
     """Draws rows of `ablate`; gives the matplotlib figure, and writes it where a path is given (.svg, .png, .pdf).
 
     Args:
       rows: of one sweep; at least one field must have two values.
       path: where to write it, the background transparent.
+      by: the field along the bottom, then those that each have a line a value; by default what was swept.
       panels: figures to draw; those that no row has, or that are zero everywhere, are left out.
     """
     try:
@@ -42,7 +49,7 @@ def plot(rows: Sequence[dict[str, Any]], path: str | Path | None = None, *, pane
         ) from error
     if unknown := [name for name in panels if name not in PANELS]:
         raise ValueError(f"panel {unknown[0]!r} is unknown; there are {', '.join(PANELS)}.")
-    if not rows or not (fields := swept(rows)):
+    if not rows or not (fields := by or swept(rows)):
         raise ValueError("a plot needs rows in which some field has two values.")
     x, *others = fields
     shown = [name for name in panels if any(row.get(name) for row in rows)]
