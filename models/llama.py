@@ -76,6 +76,12 @@ class Layer(nnx.Module):
         return out + self.down_bias[...] if self.config.mlp_bias else out
 
 
+@jax.jit
+def _run(layer: Layer, x: jax.Array, angles, plan: pax.Plan, kv: pax.KV) -> tuple[jax.Array, pax.KV]:
+    """One layer, traced once for all of a model's; XLA puts each call's body in its place."""
+    return layer(x, angles, plan, kv)
+
+
 class Llama(nnx.Module):
     """A decoder that fulfils `paxattn.Model`.
 
@@ -118,7 +124,7 @@ class Llama(nnx.Module):
         """The cache has the parameters' dtype."""
         config = self.config
         return pax.CacheSpec(
-            config.num_hidden_layers, config.num_key_value_heads, config.head_dim, self.embed[...].dtype
+            config.num_hidden_layers, config.num_key_value_heads, config.head_dim, self.embed.dtype
         )
 
     def __call__(
@@ -129,7 +135,7 @@ class Llama(nnx.Module):
         angles = rope_angles(self.config, plan.position)
         pools = []
         for layer, kv in zip(self.layers, layers, strict=True):
-            x, kv = layer(x, angles, plan, kv)
+            x, kv = _run(layer, x, angles, plan, kv)
             pools.append(kv)
         return rms_norm(x, self.norm[...], self.config.rms_norm_eps), tuple(pools)
 

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from tests.paths import ROOT
+from tests.paths import CACHE, ROOT
 
 PAGES, GENERATE = "tests/paxattn/test_pages.py", "tests/paxattn/test_generate.py"
 SERVING, ENGINE = "tests/paxattn/test_serving.py", "tests/paxattn/test_engine.py"
@@ -143,7 +143,7 @@ def caught(mutant: Mutant) -> tuple[bool, str]:
                 cwd=tree,
                 capture_output=True,
                 text=True,
-                env={**os.environ, "PYTHONPATH": scratch},
+                env={"JAX_COMPILATION_CACHE_DIR": str(CACHE), **os.environ, "PYTHONPATH": scratch},
                 timeout=PATIENCE,
             )
         except subprocess.TimeoutExpired:

@@ -164,7 +164,7 @@ def start(
         known=jnp.array(rows(prompt_length)),
         prompt_length=rows(prompt_length),
         limit=rows(prompt_length + jnp.asarray(max_new_tokens, jnp.int32)),
-        finish=jnp.full(prompts * num_return_sequences, Finish.RUNNING, jnp.int32),
+        finish=jnp.full(prompts * num_return_sequences, jnp.int32(Finish.RUNNING)),
         eos=jnp.atleast_1d(jnp.asarray(eos_token_id, jnp.int32)),
         sampling=dataclasses.replace(jax.tree.map(rows, sampling), key=sample_keys(sampling.key, num_return_sequences)),
         status=jnp.int32(Status.OK),
