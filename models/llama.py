@@ -123,9 +123,7 @@ class Llama(nnx.Module):
     def cache_spec(self) -> pax.CacheSpec:
         """The cache has the parameters' dtype."""
         config = self.config
-        return pax.CacheSpec(
-            config.num_hidden_layers, config.num_key_value_heads, config.head_dim, self.embed.dtype
-        )
+        return pax.CacheSpec(config.num_hidden_layers, config.num_key_value_heads, config.head_dim, self.embed.dtype)
 
     def __call__(
         self, tokens: jax.Array, plan: pax.Plan, layers: tuple[pax.KV, ...]

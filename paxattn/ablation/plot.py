@@ -41,6 +41,7 @@ def plot(
       panels: figures to draw; those that no row has, or that are zero everywhere, are left out.
     """
     try:
+        from matplotlib import rc_context
         from matplotlib.figure import Figure
         from matplotlib.ticker import NullLocator
     except ImportError as error:
@@ -81,5 +82,8 @@ def plot(
                       frameon=False, ncols=3)  # fmt: skip
     if path is not None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, transparent=True, dpi=120, metadata={"Date": None} if str(path).endswith(".svg") else None)
+        with rc_context({"svg.fonttype": "none", "svg.hashsalt": "paxattn"}):  # text as text, the same file each time
+            figure.savefig(
+                path, transparent=True, dpi=120, metadata={"Date": None} if str(path).endswith(".svg") else None
+            )
     return figure
