@@ -119,9 +119,8 @@ def saving(lengths: Int32[np.ndarray, "2 R"], run: PoolRun) -> float:
     if run.num_return_sequences == 1:
         return 0.0
     rows = np.arange(run.num_return_sequences, dtype=np.int32)[None]
-    counts, _, faults = branches(
-        *lengths, np.broadcast_to(rows, (lengths.shape[1], *rows.shape)), block_size=run.block_size
-    )
+    parents = np.broadcast_to(rows, (lengths.shape[1], *rows.shape))
+    counts, _, faults = branches(lengths[0], lengths[1], parents, block_size=run.block_size)
     assert not faults.any(), "the allocator's own check"
     held, unshared = (np.asarray(count, np.float64).sum() for count in (counts.held, counts.unshared))
     return float(1 - held / unshared)

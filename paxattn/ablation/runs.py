@@ -84,42 +84,23 @@ class Programs:
 
 def prepare(model: Model, run: ModelRun) -> Programs:
     """Compiles what a run needs."""
-    rng = np.random.default_rng(run.seed)
-    ids = rng.integers(0, model.vocab_size, (run.rows, run.context)).astype(np.int32)
-    length = np.full(run.rows, run.context, np.int32)
-    budget = prefill_budget(ids.shape, run.max_num_batched_tokens)
-    options = {"budget": budget, "attention": run.attention}
-    sizes = {name: getattr(run, name) for name in ("max_new_tokens", "block_size", "num_blocks")}
-    if run.num_beams > 1:
-
-        def begun():
-            return beam.begin(model, ids, length, num_beams=run.num_beams, **sizes)
-
-        feed = functools.partial(beam.branch, **options)
-        more = functools.partial(beam.advance, attention=run.attention)
-    else:
-        sizes |= {"num_return_sequences": run.num_return_sequences, "temperature": run.temperature}
-
-        def begun():
-            return start(model, ids, length, key=jax.random.key(run.seed), **sizes)
-
-        feed = functools.partial(fan_out, group=run.group, **options) if run.group > 1 else None
-        more = functools.partial(step.advance, **options)
-
+    tokens = run.rows * run.context
+    budget = prefill_budget((run.rows, run.context), run.max_num_batched_tokens)
+    begun, feed, more = _verbs(model, run, budget)
     began = time.perf_counter()
-    begin = jax.jit(begun).lower().compile()
-    shapes = jax.eval_shape(begun)
+    begin, shapes = jax.jit(begun).lower().compile(), jax.eval_shape(begun)
     decode = jax.jit(lambda model, state, steps: more(model, state, steps=steps), donate_argnums=1)
     decode = decode.lower(model, shapes, jnp.int32(0)).compile()
     branch = None if feed is None else jax.jit(feed, donate_argnums=1).lower(model, shapes).compile()
+    took, memory = time.perf_counter() - began, decode.memory_analysis()
+    size = {part: getattr(memory, f"{part}_size_in_bytes") for part in ("argument", "output", "temp", "alias")}
 
     def advance(state, steps):
         return decode(model, state, jnp.int32(steps))
 
     def prefill(state):
-        return advance(state, -(-ids.size // budget)) if branch is None else branch(model, state)
+        return advance(state, -(-tokens // budget)) if branch is None else branch(model, state)
 
-    took, memory = time.perf_counter() - began, decode.memory_analysis()
     return Programs(
         run=run,
         spec=model.cache_spec,
@@ -129,11 +110,25 @@ def prepare(model: Model, run: ModelRun) -> Programs:
         rows=(lambda search: search.rows) if run.num_beams > 1 else lambda state: state,
         tokens=functools.partial(_tokens, run),
         compile_s=took,
-        peak_bytes=memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        + memory.temp_size_in_bytes
-        - memory.alias_size_in_bytes,
+        peak_bytes=size["argument"] + size["output"] + size["temp"] - size["alias"],
     )
+
+
+def _verbs(model: Model, run: ModelRun, budget: int) -> tuple[Callable, Callable | None, Callable]:
+    """How a run begins, how its prompts are fed where that is another program, and how it goes on."""
+    rng = np.random.default_rng(run.seed)
+    ids = jnp.asarray(rng.integers(0, model.vocab_size, (run.rows, run.context)), jnp.int32)
+    length = jnp.full(run.rows, run.context, jnp.int32)
+    options = {"budget": budget, "attention": run.attention}
+    sizes: dict[str, Any] = {name: getattr(run, name) for name in ("max_new_tokens", "block_size", "num_blocks")}
+    if run.num_beams > 1:
+        begun = functools.partial(beam.begin, model, ids, length, num_beams=run.num_beams, **sizes)
+        more = functools.partial(beam.advance, attention=run.attention)
+        return begun, functools.partial(beam.branch, **options), more
+    sizes |= {"num_return_sequences": run.num_return_sequences, "temperature": run.temperature}
+    begun = functools.partial(start, model, ids, length, key=jax.random.key(run.seed), **sizes)
+    feed = functools.partial(fan_out, group=run.group, **options) if run.group > 1 else None
+    return begun, feed, functools.partial(step.advance, **options)
 
 
 def _tokens(run: ModelRun, state: Any) -> jax.Array:
