@@ -206,7 +206,7 @@ def main() -> None:
 
     rows = []
     for which in used:
-        model = compiled[which](jax.random.key(0))
+        model = programs.make(compiled[which])
         for case in (case for case in cases if case[1] == which):
             kind, _, *sizes = case
             told = names.get(which, "tiny"), *sizes, options.repeats
@@ -217,9 +217,9 @@ def main() -> None:
                 measure = measure_samples if kind == "samples" else measure_requests
                 rows.append(measure(model, compiled[case], *told))
             print({key: value for key, value in rows[-1].items() if "seconds" not in key}, flush=True)
+            if options.save and not options.tiny:  # after each row: a run that is cut leaves what it has
+                record.write("beam", rows, method=METHOD, folder=options.folder)
         del model
-    if options.save and not options.tiny:
-        print(record.write("beam", rows, method=METHOD, folder=options.folder))
 
 
 if __name__ == "__main__":

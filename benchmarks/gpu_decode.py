@@ -118,7 +118,7 @@ def main() -> None:
     print(f"compiled in {time.perf_counter() - began:.0f} s", flush=True)
     rows = []
     for name in shapes:
-        model = compiled[name, "make"](jax.random.key(0))
+        model = programs.make(compiled[name, "make"])
         for num_rows, prompt in (case[1:] for case in chosen if case[0] == name):
             began = time.perf_counter()
             row = measure(name, model, compiled, num_rows, prompt, NEW, options.repeats)
@@ -131,9 +131,9 @@ def main() -> None:
                 f"   [{time.perf_counter() - began:.0f} s]",
                 flush=True,
             )
+            if options.save:  # after each row: a run that is cut leaves what it has
+                record.write("decode", rows, method=METHOD, folder="h100")
         del model
-    if options.save:
-        print(record.write("decode", rows, method=METHOD, folder="h100"))
 
 
 if __name__ == "__main__":

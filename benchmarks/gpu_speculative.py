@@ -162,7 +162,7 @@ def main() -> None:
     for rows in counts:
         makes |= {(rows, part): make for part, make in lower(shapes, rows, options.prompt, ks).items()}
     compiled = programs.side_by_side(makes)
-    model = compiled["make"](jax.random.key(0))
+    model = programs.make(compiled["make"])
     lines = []
     for rows in counts:
         parts = {key[1]: program for key, program in compiled.items() if key[0] == rows}

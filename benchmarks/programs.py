@@ -1,6 +1,6 @@
 """Programs compiled ahead and side by side: XLA takes long for one and leaves most cores of a GPU's host idle.
 
-    shapes of the model and of a run, no arrays -> lowered -> threads compile -> called with arrays
+    shapes of the model and of a run, no arrays -> lowered one by one -> threads compile -> called with arrays
 
 What compilation times on the GPU it times under a lock, so programs compiled together choose as they would alone.
 """
@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 import models
+import paxattn as pax
 
 
 def maker(config: models.LlamaConfig, dtype: str):
@@ -19,9 +20,14 @@ def maker(config: models.LlamaConfig, dtype: str):
     return lambda key: models.random_llama(config, key, dtype)
 
 
-def model_shapes(config: models.LlamaConfig, dtype: str):
-    """The model of `maker` without its arrays."""
-    return jax.eval_shape(maker(config, dtype), jax.random.key(0))
+def make(program: jax.stages.Compiled) -> pax.Packed:
+    """The model that the compiled program of `lower_maker` gives."""
+    return pax.pack(jax.block_until_ready(program(jax.random.key(0))))
+
+
+def model_shapes(config: models.LlamaConfig, dtype: str) -> pax.Packed:
+    """The model of `maker` without its arrays, packed."""
+    return pax.pack(jax.eval_shape(maker(config, dtype), jax.random.key(0)))
 
 
 def lower_maker(config: models.LlamaConfig, dtype: str) -> jax.stages.Lowered:
@@ -42,6 +48,7 @@ def number() -> jax.ShapeDtypeStruct:
 def side_by_side[Name: Hashable](
     lower: Mapping[Name, Callable[[], jax.stages.Lowered]],
 ) -> dict[Name, jax.stages.Compiled]:
-    """Lowers and compiles all of them in threads."""
+    """Lowers one after the other, as Python does one thing at a time, and compiles in threads."""
     with ThreadPoolExecutor(16) as pool:
-        return dict(zip(lower, pool.map(lambda make: make().compile(), lower.values()), strict=True))
+        compiling = {name: pool.submit(make().compile) for name, make in lower.items()}
+        return {name: future.result() for name, future in compiling.items()}

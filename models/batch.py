@@ -101,6 +101,8 @@ class Batch:
         counted = {f.name: int(getattr(stats, f.name)) for f in dataclasses.fields(stats)}
         widest = max(len(p) for p in self.prompts) + self.max_new_tokens
         guessed = {"speculation": rows_of(state.tally)} if isinstance(state, pax.Speculation) else {}
+        if isinstance(state, pax.State) and state.trace is not None:  # a line a step: paxattn.sharing.COLUMNS
+            guessed["sharing_steps"] = np.asarray(state.trace)[: counted["steps"]].tolist()
         return {
             **counted,
             **guessed,

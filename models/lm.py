@@ -258,6 +258,8 @@ class LM:
                 "num_blocks": size if num_blocks is None else num_blocks,
                 "eos_token_id": eos,
             }
+            if group > 1:
+                sizes["trace"] = -(-len(rows) * width // budget) + new
             if search:
                 begun = beam.begin(*given, **search, **sizes)
                 yield from beams.drive(self.model, begun, batch, num_return_sequences, budget, attention, steps)

@@ -22,6 +22,7 @@ from paxattn.decoding.eviction import Eviction, sinks_and_window, sliding_window
 from paxattn.decoding.fan_out import fan_out
 from paxattn.decoding.generate import Generation, finish, generate, prefill_budget, start
 from paxattn.decoding.model import Model
+from paxattn.decoding.packed import Packed, pack
 from paxattn.decoding.sampling import Sampling
 from paxattn.decoding.speculative import Speculation, Tally, speculate
 from paxattn.decoding.step import Finish, State, Stats, advance, step, stop
@@ -36,7 +37,7 @@ from paxattn.status import PagingError, Status, check
 from paxattn.version import __version__
 
 __all__ = [  # noqa: RUF022 - in the order that a newcomer meets them
-    "generate", "Generation", "Finish", "Model", "Sampling", "beam_search", "Beams",
+    "generate", "Generation", "Finish", "Model", "pack", "Packed", "Sampling", "beam_search", "Beams",
     "speculate", "Drafter", "Draft", "NGram", "DraftModel", "Speculation", "Tally",
     "start", "fan_out", "advance", "step", "stop", "finish", "State", "Stats", "prefill_budget",
     "serve", "Requests", "Served", "Policy", "Engine", "Answer",

@@ -24,6 +24,7 @@ BEAM, FAN_OUT = "tests/paxattn/test_beam.py", "tests/paxattn/test_fan_out.py"
 ATTENTION, SAMPLING = "tests/pallas_kernels/test_paged_attention.py", "tests/paxattn/test_sampling.py"
 
 SPECULATIVE = "tests/paxattn/test_speculative.py"
+SMALL = "tests/pallas_kernels/test_small_kernels.py"
 VERDICT = "tests/paxattn/test_speculative_sampling.py"
 SIMULATE, EVICTION, ABLATE = (f"tests/paxattn/test_{name}.py" for name in ("simulate", "eviction", "ablate"))
 
@@ -84,6 +85,7 @@ MUTANTS = (
     Mutant("a row reads its own line", "paxattn/decoding/step.py", 'state.tokens[state.line[plan.row], plan.position]', 'state.tokens[plan.row, plan.position]', SERVING + "::test_the_oldest_request_is_never_preempted_and_moves_in_every_step"),
     Mutant("cancelled requests keep their row", "paxattn/serving/service.py", 'rows = lines[service.line] & service.seated', 'rows = service.seated & False', ENGINE + "::test_cancel_anywhere"),
     Mutant("the penalty looks at another line", "paxattn/decoding/sampling.py", 'tokens if line is None else tokens[line]', 'tokens[: logits.shape[0]]', SERVING + "::test_the_oldest_request_is_never_preempted_and_moves_in_every_step"),
+    Mutant("a narrow token axis drops rows", "paxattn/serving/loop.py", "jnp.sum(count) <= tokens for", "jnp.sum(count) <= 2 * tokens for", SERVING),
     Mutant("samples of a prompt share a key", "paxattn/decoding/sampling.py", "jnp.where(jnp.arange(n) > 0, folded, key[:, None])", "jnp.where(jnp.arange(n) > n, folded, key[:, None])", FAN_OUT),
     Mutant("followers feed the prompt too", "paxattn/decoding/fan_out.py", "jnp.where(row == leader, state.pending, 0)", "state.pending", FAN_OUT),
     Mutant("a group forks from a neighbour", "paxattn/decoding/fan_out.py", "fork(state.cache.table, leader)", "fork(state.cache.table, (leader + group) % row.size)", FAN_OUT),
@@ -130,6 +132,14 @@ MUTANTS = (
     Mutant("evict: the window is one block short", "paxattn/decoding/eviction.py", "<= table.length[:, None] - self.window + 1", "<= table.length[:, None] - self.window + 5", EVICTION + "::test_sinks_and_window_hold_what_they_say"),
     Mutant("evict: blocks are not released", "paxattn/decoding/eviction.py", "release(table.blocks, jnp.where(out, table.pages, NULL))", "table.blocks", EVICTION),
     Mutant("evict: a page that fills may go", "paxattn/decoding/eviction.py", "jnp.where(full & (table.pages != NULL)", "jnp.where((table.pages != NULL)", EVICTION + "::test_a_shared_block_stays_with_its_other_holders"),
+    Mutant("an idle token's key is written", "pallas_kernels/rope.py", "live = token < query_start_ref[query_start.size - 1]", "live = token >= 0", SMALL),
+    Mutant("a key is written without its turn", "pallas_kernels/rope.py", "k_pool[block, kv_head, slot, :] = apply_rope(qkv[token, kv_head, group, :], angles)", "k_pool[block, kv_head, slot, :] = qkv[token, kv_head, group, :]", SMALL),
+    Mutant("a norm over the filled-up row", "pallas_kernels/add_norm.py", "jnp.sum(wide * wide) / embed", "jnp.sum(wide * wide) / width", SMALL),
+    Mutant("the norm of x alone", "pallas_kernels/add_norm.py", "wide = total.astype(jnp.float32)", "wide = load(x_ref, token).astype(jnp.float32)", SMALL),
+    Mutant("a copy to NULL", "pallas_kernels/copy_blocks.py", "@pl.when(there != null)", "@pl.when(there >= null)", SMALL),
+    Mutant("the last pools are not copied", "pallas_kernels/copy_blocks.py", "for i in range(0, len(pool_refs), AT_ONCE)", "for i in range(0, AT_ONCE, AT_ONCE)", SMALL),
+    Mutant("asked for xla, small kernels run", "pallas_kernels/mosaic.py", 'return implementation in ("auto", "mosaic") and on_hopper()', "return on_hopper()", SMALL),
+    Mutant("angles are forgotten", "paxattn/attention.py", "if angles is None:", "if True:", SMALL),
 )  # fmt: skip
 
 

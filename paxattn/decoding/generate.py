@@ -27,6 +27,7 @@ from paxattn.decoding.fan_out import fan_out
 from paxattn.decoding.model import Model
 from paxattn.decoding.sampling import Sampling, sample_keys
 from paxattn.decoding.step import Finish, State, Stats, advance
+from paxattn.sharing import COLUMNS
 from paxattn.status import Status
 from paxattn.typing import Array, Float32, Int32, struct
 
@@ -48,6 +49,7 @@ class Generation:
     status: Int32[Array, ""]  # a `Status`: OK, or why the run ended early
     stats: Stats
     cache: Cache
+    trace: Int32[Array, "steps 4"] | None = None  # of sharing, where it was asked for: see `paxattn.sharing`
 
 
 def generate(
@@ -65,25 +67,29 @@ def generate(
 ) -> Generation:
     """Continues prompts through a paged KV cache: a pure function, ready for `jax.jit`.
 
-    Args:
-      model: see `paxattn.decoding.model.Model`.
-      prompt_ids: one prompt a row, anything past its length.
-      prompt_length: at least 1.
-      max_new_tokens: for all prompts, or one value a prompt. As a traced array it needs `max_model_len`.
-      num_return_sequences: rows a prompt, static. The prompt is fed once and shared by its rows; row j of a prompt
-        samples with a key of its own, see `sample_keys`.
-      max_model_len: tokens that a row can hold, prompt included; static. Widest prompt + new tokens by default.
-      max_num_batched_tokens: tokens a prefill step feeds at most; longer prompts are fed in chunks. Static.
-      attention: implementation of paged attention, by name.
-      evict: gives blocks back while rows live, see `paxattn.decoding.eviction`; nothing is evicted by default.
-      **options: what `start` takes: block_size, num_blocks, eos_token_id, and the sampling knobs temperature,
-        top_k, top_p, min_p, repetition_penalty (a number or one a prompt), key.
+        Args:
+          model: see `paxattn.decoding.model.Model`.
+          prompt_ids: one prompt a row, anything past its length.
+          prompt_length: at least 1.
+          max_new_tokens: for all prompts, or one value a prompt. As a traced array it needs `max_model_len`.
+          num_return_sequences: rows a prompt, static. The prompt is fed once and shared by its rows; row j of a prompt
+            samples with a key of its own, see `sample_keys`.
+          max_model_len: tokens that a row can hold, prompt included; static. Widest prompt + new tokens by default.
+          max_num_batched_tokens: tokens a prefill step feeds at most; longer prompts are fed in chunks. Static.
+          attention: implementation of paged attention, by name.
+    <<<<<<< HEAD
+          evict: gives blocks back while rows live, see `paxattn.decoding.eviction`; nothing is evicted by default.
+          **options: what `start` takes: block_size, num_blocks, eos_token_id, and the sampling knobs temperature,
+    =======
+          **options: what `start` takes: block_size, num_blocks, eos_token_id, trace, and the sampling knobs temperature,
+    >>>>>>> f743c42a9eb14ab0b9a57fbb9d65611ea110712e
+            top_k, top_p, min_p, repetition_penalty (a number or one a prompt), key.
 
-    Returns:
-      A `Generation`. Running out of blocks is no exception here: see its status, and `paxattn.check`.
+        Returns:
+          A `Generation`. Running out of blocks is no exception here: see its status, and `paxattn.check`.
 
-    Raises:
-      ValueError: arguments that can be seen to be wrong before anything runs.
+        Raises:
+          ValueError: arguments that can be seen to be wrong before anything runs.
     """
     state = start(
         model,
@@ -113,6 +119,7 @@ def start(
     block_size: int = 16,
     num_blocks: int | None = None,
     eos_token_id: int | Sequence[int] | Int32[Array, "eos"] = (),
+    trace: int = 0,
     **sampling,
 ) -> State:
     """An empty cache and the prompts on the token buffer: the state that `advance` turns.
@@ -128,6 +135,7 @@ def start(
       num_blocks: blocks in the pool, NULL included; by default enough for every row's limit, with what the rows of
         a prompt share counted once.
       eos_token_id: none, one or several ids that end a row.
+      trace: record the block counts of so many steps; see `paxattn.sharing`.
       **sampling: see `Sampling.create`.
     """
     prompts, width = prompt_ids.shape
@@ -169,6 +177,7 @@ def start(
         sampling=dataclasses.replace(jax.tree.map(rows, sampling), key=sample_keys(sampling.key, num_return_sequences)),
         status=jnp.int32(Status.OK),
         stats=Stats.zeros(),
+        trace=jnp.zeros((trace, len(COLUMNS)), jnp.int32) if trace else None,
     )
 
 
@@ -182,6 +191,7 @@ def finish(state: State, *, width: int) -> Generation:
         status=state.status,
         stats=state.stats,
         cache=state.cache,
+        trace=state.trace,
     )
 
 

@@ -17,7 +17,7 @@ from paxattn.cache import Cache, extend
 from paxattn.decoding.model import Model
 from paxattn.decoding.sampling import Sampling, pick
 from paxattn.pages import PageTable, free
-from paxattn.sharing import Sharing, sharing
+from paxattn.sharing import Sharing, record, sharing
 from paxattn.status import Status
 from paxattn.typing import Array, Bool, Float, Float32, Int32, struct
 
@@ -89,6 +89,7 @@ class State:
     sampling: Sampling
     status: Int32[Array, ""]
     stats: Stats
+    trace: Int32[Array, "steps 4"] | None  # of sharing, a line a step, where it was asked for
 
     @property
     def running(self) -> Bool[Array, "B"]:
@@ -130,16 +131,18 @@ def step(
     budget: int,
     count: Int32[Array, "B"] | None = None,
     attention: str = "auto",
+    max_queries: int | None = None,
     shared: bool = True,
     greedy: bool = False,
 ) -> State:
     """Feeds up to `budget` tokens, `count[b]` of row b (as `share` deals them by default), picks, retires, frees.
 
-    `shared=False` promises that no block has two holders, `greedy=True` that no row uses a sampling knob: what such a
-    step does not need is then left out of the program.
+    `max_queries` promises that no row feeds more, `shared=False` that no block has two holders, `greedy=True` that no
+    row uses a sampling knob: what such a step does not need is then left out of the program.
     """
     count = share(state.pending, budget) if count is None else count
-    fed, newest = feed(model, state, count, budget=budget, attention=attention, shared=shared)
+    promised = {"max_queries": max_queries, "shared": shared}
+    fed, newest = feed(model, state, count, budget=budget, attention=attention, **promised)
     return settle(model, fed, newest, picks=(count > 0) & (fed.pending == 0), greedy=greedy)
 
 
@@ -150,6 +153,7 @@ def feed(
     *,
     budget: int,
     attention: str = "auto",
+    max_queries: int | None = None,
     shared: bool = True,
 ) -> tuple[State, Float[Array, "B E"]]:
     """Feeds `count[b]` pending tokens of each row: paging, the model, the counters; picks nothing.
@@ -160,10 +164,12 @@ def feed(
       The state, and the hidden state of each row's newest token (of some other token where count is 0).
     """
     before, stats = state.cache.table.blocks.num_used, state.stats
-    cache, plan, status = extend(state.cache, count, budget=budget, attention=attention, shared=shared)
+    promised = {"max_queries": max_queries, "shared": shared}
+    cache, plan, status = extend(state.cache, count, budget=budget, attention=attention, **promised)
     tokens = jnp.where(plan.live, state.tokens[state.line[plan.row], plan.position], 0)
     hidden, layers = model(tokens, plan, cache.layers)
-    now = sharing(cache.table)
+    now, copied = sharing(cache.table), plan.copies.count
+    trace = None if state.trace is None else record(state.trace, stats.steps, now, copied)
     stuck = state.running & (status != Status.OK)
     stats = dataclasses.replace(
         stats,
@@ -171,7 +177,7 @@ def feed(
         prefill_steps=stats.prefill_steps + jnp.any(state.pending > 1),
         tokens_fed=stats.tokens_fed + plan.query_start[-1],
         blocks_allocated=stats.blocks_allocated + now.held - before,
-        blocks_copied=stats.blocks_copied + plan.copies.count,
+        blocks_copied=stats.blocks_copied + copied,
         blocks_peak=jnp.maximum(stats.blocks_peak, now.held),
         block_steps_held=stats.block_steps_held + now.held,
         block_steps_shared=stats.block_steps_shared + now.shared,
@@ -183,6 +189,7 @@ def feed(
         finish=jnp.where(stuck, jnp.int32(Finish.OUT_OF_BLOCKS), state.finish),
         status=jnp.where(state.status == Status.OK, status, state.status),
         stats=stats,
+        trace=trace,
     )
     return fed, hidden[plan.last]
 

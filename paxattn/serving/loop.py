@@ -2,9 +2,9 @@
 
     serve = results . run . put . open_service
 
-    run   lax.while_loop:  wake, admit, choose, preempt  ->  one of two compiled bodies  ->  settle
-                                                             all rows at one token: T = B
+    run   lax.while_loop:  wake, admit, choose, preempt  ->  one of the compiled bodies  ->  settle
                                                              prompts among them:    T = max_num_batched_tokens
+                                                             all rows at one token: T = B, of many rows B/2, B/4 too
 
 `generate` is the case in which everybody has a row from the start. What a request is answered depends on its prompt
 and its key alone: rows, batch mates, chunks, preemption and the order of admission are unobservable in the tokens.
@@ -25,6 +25,9 @@ from paxattn.serving.policy import Policy, ranked
 from paxattn.serving.queue import Queue, Requests, Times, put
 from paxattn.serving.service import Service, admit, choose, preempt, settle, wake
 from paxattn.typing import Array, Float32, Int32, struct
+
+LEAST_WIDTH = 64
+"""Tokens below which no body is compiled: see `decode_widths`."""
 
 
 @struct
@@ -146,6 +149,17 @@ def mixed_budget(max_num_batched_tokens: int, max_num_seqs: int) -> int:
     return max_num_batched_tokens
 
 
+def decode_widths(rows: int) -> list[int]:
+    """Lengths of the token axis of steps in which all rows decode: one a row, and half of that while few are left.
+
+    A matrix product of fewer than 64 tokens costs no less: memory is its limit.
+    """
+    widths = [rows]
+    while widths[-1] % 2 == 0 and widths[-1] // 2 >= LEAST_WIDTH:
+        widths.append(widths[-1] // 2)
+    return widths
+
+
 def run(
     model: Model,
     service: Service,
@@ -164,14 +178,19 @@ def run(
     end = jnp.int32(2**31 - 1) if steps is None else service.stats.steps + steps
     watermark = jnp.float32(policy.watermark)
 
-    def feed(tokens):
-        return lambda state, count: step(model, state, budget=tokens, count=count, attention=attention, shared=False)
+    def feed(tokens, most):
+        told = {"budget": tokens, "max_queries": most, "attention": attention, "shared": False}
+        return lambda state, count: step(model, state, count=count, **told)
+
+    widths = decode_widths(service.line.size)
+    bodies = [feed(budget, None), *(feed(tokens, 1) for tokens in widths)]
 
     def turn(old):
         service = admit(wake(old), order, watermark)
         count, out = choose(service, rank, budget)
         service = preempt(service, out)
-        state = jax.lax.cond(jnp.any(count > 1), feed(budget), feed(service.line.size), service.view(), count)
+        decode = sum(jnp.sum(count) <= tokens for tokens in widths).astype(jnp.int32)
+        state = jax.lax.switch(jnp.where(jnp.any(count > 1), 0, decode), bodies, service.view(), count)
         new = settle(service, state)
         if not new.trace.size:
             return new

@@ -309,3 +309,15 @@ def test_bad_input_is_refused_before_anything_is_allocated(change, message):
 def test_traced_limits_need_a_row_size():
     with pytest.raises(ValueError, match="pass max_model_len"):
         jax.jit(lambda n: pax.generate(TOY, *prompts((3,)), max_new_tokens=n))(4)
+
+
+def test_a_packed_model_is_the_model_and_shares_its_program():
+    packed, again = pax.pack(TOY), pax.pack(Toy.create())
+    assert packed.structure == again.structure
+    assert jax.tree.structure(packed) == jax.tree.structure(again)
+    assert (packed.vocab_size, packed.cache_spec) == (TOY.vocab_size, TOY.cache_spec)
+    run = jax.jit(lambda model, *p: pax.generate(model, *p, max_new_tokens=NEW, max_model_len=64).token_ids)
+    for model in (packed, again):
+        np.testing.assert_array_equal(run(model, *prompts(LENGTHS)), generate(*prompts(LENGTHS)).token_ids)
+    assert run._cache_size() == 1
+    assert packed.structure != pax.pack((TOY, TOY)).structure

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import paxattn as pax
+from paxattn.serving import loop
 from paxattn.serving import trace as tracing
-from paxattn.serving.loop import most, open_service, results, run
+from paxattn.serving.loop import decode_widths, most, open_service, results, run
 from paxattn.serving.policy import first_come, highest_priority, ranked, shortest_prompt
 from paxattn.serving.queue import put
 from paxattn.serving.service import admit, choose
@@ -202,6 +203,18 @@ def test_serve_is_all_of_it_and_its_trace_adds_up():
     assert not columns["blocks_copied"].any()
     used = np.cumsum(columns["blocks_allocated"] - columns["blocks_freed"])
     assert used[-1] == 0
+
+
+def test_the_width_of_the_token_axis_is_unobservable(monkeypatch):
+    assert decode_widths(256) == [256, 128, 64]
+    assert decode_widths(100) == [100]
+    monkeypatch.setattr(loop, "LEAST_WIDTH", 1)
+    assert decode_widths(4) == [4, 2, 1]
+    new = np.where(np.arange(LINES) % 3, 3, NEW)  # rows end at different times: each width has its steps
+    result = jax.jit(functools.partial(pax.serve, TOY, max_num_seqs=4, max_model_len=MODEL_LEN))(
+        requests(max_new_tokens=new)
+    )
+    assert tokens_of(result) == [tokens[:n] for tokens, n in zip(alone(), new, strict=True)]
 
 
 @jax.jit
