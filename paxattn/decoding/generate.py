@@ -67,29 +67,25 @@ def generate(
 ) -> Generation:
     """Continues prompts through a paged KV cache: a pure function, ready for `jax.jit`.
 
-        Args:
-          model: see `paxattn.decoding.model.Model`.
-          prompt_ids: one prompt a row, anything past its length.
-          prompt_length: at least 1.
-          max_new_tokens: for all prompts, or one value a prompt. As a traced array it needs `max_model_len`.
-          num_return_sequences: rows a prompt, static. The prompt is fed once and shared by its rows; row j of a prompt
-            samples with a key of its own, see `sample_keys`.
-          max_model_len: tokens that a row can hold, prompt included; static. Widest prompt + new tokens by default.
-          max_num_batched_tokens: tokens a prefill step feeds at most; longer prompts are fed in chunks. Static.
-          attention: implementation of paged attention, by name.
-    <<<<<<< HEAD
-          evict: gives blocks back while rows live, see `paxattn.decoding.eviction`; nothing is evicted by default.
-          **options: what `start` takes: block_size, num_blocks, eos_token_id, and the sampling knobs temperature,
-    =======
-          **options: what `start` takes: block_size, num_blocks, eos_token_id, trace, and the sampling knobs temperature,
-    >>>>>>> f743c42a9eb14ab0b9a57fbb9d65611ea110712e
-            top_k, top_p, min_p, repetition_penalty (a number or one a prompt), key.
+    Args:
+      model: see `paxattn.decoding.model.Model`.
+      prompt_ids: one prompt a row, anything past its length.
+      prompt_length: at least 1.
+      max_new_tokens: for all prompts, or one value a prompt. As a traced array it needs `max_model_len`.
+      num_return_sequences: rows a prompt, static. The prompt is fed once and shared by its rows; row j of a prompt
+        samples with a key of its own, see `sample_keys`.
+      max_model_len: tokens that a row can hold, prompt included; static. Widest prompt + new tokens by default.
+      max_num_batched_tokens: tokens a prefill step feeds at most; longer prompts are fed in chunks. Static.
+      attention: implementation of paged attention, by name.
+      evict: gives blocks back while rows live, see `paxattn.decoding.eviction`; nothing is evicted by default.
+      **options: what `start` takes: block_size, num_blocks, eos_token_id, trace, and the sampling knobs temperature,
+        top_k, top_p, min_p, repetition_penalty (a number or one a prompt), key.
 
-        Returns:
-          A `Generation`. Running out of blocks is no exception here: see its status, and `paxattn.check`.
+    Returns:
+      A `Generation`. Running out of blocks is no exception here: see its status, and `paxattn.check`.
 
-        Raises:
-          ValueError: arguments that can be seen to be wrong before anything runs.
+    Raises:
+      ValueError: arguments that can be seen to be wrong before anything runs.
     """
     state = start(
         model,
