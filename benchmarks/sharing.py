@@ -3,14 +3,13 @@
     lengths    log-normal with the paper's means in and out: ShareGPT 161/338, Alpaca 19/58
     samples    the prompt forks to n rows, which part at the first token
     beams      the rows are remapped each step by parents that SmolLM2-135M's beam search really took
-    replay     pax.append and pax.fork on page tables alone, `pax.sharing` counted at every step
+    replay     `paxattn.simulate.branch`: append and fork on page tables alone, sharing counted at every step
 
     python benchmarks/sharing.py --save            python benchmarks/sharing.py --tiny
 Kwon et al. 2023, section 6.3 and figure 15.
 """
 
 import argparse
-import functools
 import json
 
 import jax
@@ -20,14 +19,15 @@ import record
 
 import models
 import paxattn as pax
+from paxattn.ablation.pool import branches
 from paxattn.decoding import beam
 
-MEANS = {"ShareGPT": (161, 338), "Alpaca": (19, 58)}  # tokens in and out
+NAMES = {"ShareGPT": "sharegpt", "Alpaca": "alpaca"}
 PAPER = {  # per cent at n = 2 .. 6
     ("samples", "Alpaca"): (6.1, 9.8), ("samples", "ShareGPT"): (16.2, 30.5),
     ("beams", "Alpaca"): (37.6, 55.2), ("beams", "ShareGPT"): (44.3, 66.3),
 }  # fmt: skip
-SPREAD, LONGEST, BLOCK = 1.0, 1024, 16  # standard deviation of the logarithm; tokens in and tokens out at most
+BLOCK = 16
 TEXTS = (
     "The capital of France is", "Once upon a time", "Water boils at", "def fibonacci(n):", "The history of Rome begins",
     "Dear Sir or Madam,", "To bake bread you need", "In mathematics, a group is",
@@ -66,44 +66,13 @@ def recorded(lm: models.LM, num_beams: int, steps: int) -> np.ndarray:
     return np.stack(parents, axis=1).astype(np.int32)
 
 
-@functools.partial(jax.jit, static_argnames=("rows", "steps"))
-def replay(prompt, output, parents, rows: int, steps: int):
-    """Block steps held, unshared, and copies [requests, 3], and faults; parents [requests, t, rows]."""
-    capacity = LONGEST + steps
-
-    def one(prompt, output, parents):
-        table = pax.PageTable.create(
-            num_blocks=1 + rows * (capacity // BLOCK + 1), block_size=BLOCK, max_num_seqs=rows, max_model_len=capacity
-        )
-        table, _, status = pax.append(table, jnp.where(jnp.arange(rows) == 0, prompt, 0))
-        table = pax.fork(table, jnp.zeros(rows, jnp.int32))
-
-        def step(table, at):
-            live = at < output
-            parent = jnp.where((at > 0) & live, parents[(at - 1) % parents.shape[0]], jnp.arange(rows))
-            table = pax.fork(table, parent)
-            table, copies, status = pax.append(table, jnp.full(rows, live, jnp.int32))
-            now = pax.sharing(table)
-            counts = jnp.stack([now.held, now.unshared, copies.count])
-            return table, (jnp.where(live, counts, 0), status)
-
-        table, (counts, statuses) = jax.lax.scan(step, table, jnp.arange(steps))
-        broken = sum(pax.violations(table).values())
-        return counts.sum(axis=0), jnp.maximum(status, statuses.max()) + broken
-
-    return jax.vmap(one)(prompt, output, parents)
-
-
 def measure(way: str, name: str, n: int, requests: int, parents: np.ndarray) -> dict:
     """One row of the result."""
-    rng, means = np.random.default_rng(0), np.array(MEANS[name])[:, None]
-    drawn = rng.lognormal(np.log(means) - SPREAD**2 / 2, SPREAD, (2, requests))
-    prompt, output = np.clip(np.rint(drawn), 1, LONGEST).astype(np.int32)
-    steps = int(output.max())
-    chosen = jnp.asarray(parents[np.arange(requests) % len(parents)])
-    counts, faults = map(np.asarray, replay(prompt, output, chosen, n, steps))
+    prompt, output = pax.draw_lengths(NAMES[name], requests)
+    chosen = parents[np.arange(requests) % len(parents)]
+    counts, copied, faults = branches(prompt, output, chosen, block_size=BLOCK)
     assert not faults.any(), "the allocator's own check"
-    held, unshared, copied = counts.astype(np.float64).sum(axis=0)
+    held, unshared, copied = (float(np.asarray(x, np.float64).sum()) for x in (counts.held, counts.unshared, copied))
     low, high = PAPER[way, name]
     row = {"way": way, "lengths": name, "n": n, "saving_percent": 100 * (1 - held / unshared), "requests": requests}
     row |= {"paper_percent_n2_to_n6": [low, high], "block_steps": {"held": held, "unshared": unshared}}
@@ -122,7 +91,7 @@ def main() -> None:
     )
     parser.add_argument("--save", action="store_true", help="write results/<machine>/sharing.json")
     options = parser.parse_args()
-    ways, names = (2, 4, 6), tuple(MEANS)
+    ways, names = (2, 4, 6), tuple(NAMES)
     if options.tiny:
         options.model, options.requests, options.steps = "tests/golden/tiny_llama", 8, 6
         ways, names = (2,), ("Alpaca",)

@@ -1,9 +1,10 @@
-"""The `paxattn` command: generate, inspect, convert, serve-bench.
+"""The `paxattn` command: generate, inspect, convert, serve-bench, ablate.
 
     paxattn generate "The capital of France is" --no-chat       text, or --json
     paxattn inspect  smollm2-135m                               what is in a checkpoint, how many blocks fit
     paxattn convert  smollm2-135m my-checkpoint                 to Orbax, with a checked manifest
     paxattn serve-bench --shapes tiny                           more requests than rows: tokens a second
+    paxattn ablate   --block-size 1,16,128                      what paging costs and saves, a row a combination
 
 Errors of the user's making end with one line and exit code 2; Ctrl-C ends with exit code 130.
 """
@@ -16,7 +17,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from models import serve_bench
+from models import ablate, serve_bench
 
 EXAMPLES = """examples:
   paxattn generate "What is a page table?" "Write a haiku about memory."
@@ -31,6 +32,8 @@ EXAMPLES = """examples:
   paxattn inspect smollm2-135m --watch "Once upon a time" "Water boils at" --block-size 4
   paxattn convert smollm2-135m ./smollm2-orbax
   paxattn serve-bench --shapes tiny --requests 64 --max-num-seqs 16 --num-blocks 800 --json
+  paxattn ablate --block-size 1,16,128 --rows 4 --context 128 --save ablation.json
+  paxattn ablate --block-size 1,16,128 --lengths sharegpt --set watermark=0.01,0.1
 """
 
 
@@ -131,6 +134,7 @@ def parser() -> argparse.ArgumentParser:
     add_dtype(convert)
 
     serve_bench.add_arguments(command("serve-bench", "Serve a workload of requests and say how fast it went."))
+    ablate.add_arguments(command("ablate", "Sweep block size or any other field: memory, sharing, speed."))
     return top
 
 
@@ -138,7 +142,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
     options = parser().parse_args(argv)
     try:
-        commands = {"generate": _generate, "inspect": _inspect, "convert": _convert, "serve-bench": serve_bench.main}
+        commands = {"generate": _generate, "inspect": _inspect, "convert": _convert}
+        commands |= {"serve-bench": serve_bench.main, "ablate": ablate.main}
         return commands[options.command](options)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
@@ -146,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
         print(f"paxattn: {error}", file=sys.stderr)
         return 2
 

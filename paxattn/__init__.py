@@ -9,15 +9,18 @@ pax.speculate(model, prompt_ids, prompt_length, drafter=pax.NGram(), ...)   fast
 pax.append, fork, truncate, free                                       the verbs it is made of
 pax.paged_attention                                                    the kernel underneath
 pax.viz                                                                page map, timeline and flow of a run as pictures
+pax.ablate(model, block_size=[1, 16, 128]), pax.simulate               what does it cost?
 """
 
 from pallas_kernels import paged_attention
 from paxattn import viz
+from paxattn.ablation.sweep import ablate
 from paxattn.attention import attend
 from paxattn.blocks import NULL, Blocks, allocate, release, retain
 from paxattn.cache import KV, Cache, CacheSpec, Plan, extend, view, write
 from paxattn.decoding.beam import Beams, beam_search
 from paxattn.decoding.drafters import Draft, Drafter, DraftModel, NGram
+from paxattn.decoding.eviction import Eviction, sinks_and_window, sliding_window
 from paxattn.decoding.fan_out import fan_out
 from paxattn.decoding.generate import Generation, finish, generate, prefill_budget, start
 from paxattn.decoding.model import Model
@@ -31,6 +34,7 @@ from paxattn.serving.loop import Served, serve
 from paxattn.serving.policy import Policy
 from paxattn.serving.queue import Requests
 from paxattn.sharing import Sharing, sharing
+from paxattn.simulate import draw_lengths, simulate
 from paxattn.status import PagingError, Status, check
 from paxattn.version import __version__
 
@@ -42,6 +46,8 @@ __all__ = [  # noqa: RUF022 - in the order that a newcomer meets them
     "Cache", "CacheSpec", "KV", "Plan", "extend", "write", "view", "attend", "paged_attention",
     "PageTable", "append", "fork", "truncate", "free", "locate", "violations",
     "sharing", "Sharing", "viz",
+    "Eviction", "sinks_and_window", "sliding_window",
+    "ablate", "simulate", "draw_lengths",
     "Blocks", "allocate", "retain", "release", "NULL",
     "Status", "check", "PagingError", "__version__",
 ]  # fmt: skip

@@ -26,6 +26,7 @@ ATTENTION, SAMPLING = "tests/pallas_kernels/test_paged_attention.py", "tests/pax
 SPECULATIVE = "tests/paxattn/test_speculative.py"
 SMALL = "tests/pallas_kernels/test_small_kernels.py"
 VERDICT = "tests/paxattn/test_speculative_sampling.py"
+SIMULATE, EVICTION, ABLATE = (f"tests/paxattn/test_{name}.py" for name in ("simulate", "eviction", "ablate"))
 
 VIZ, SNAPSHOT = "tests/paxattn/test_viz.py", "tests/models/test_snapshot.py"
 
@@ -122,6 +123,17 @@ MUTANTS = (
     Mutant("speculation: a rejected place draws from p", "paxattn/decoding/rejection.py", "jnp.maximum(p - q, 0)", "jnp.maximum(p, 0)", VERDICT),
     Mutant("speculation: the verdict has the draft's noise", "paxattn/decoding/rejection.py", "stream(each, ACCEPT)", "stream(each, DRAFT)", VERDICT),
     Mutant("speculation: guesses have the noise of tokens", "paxattn/decoding/drafters.py", "sampling = stream(state.sampling, DRAFT)", "sampling = state.sampling", VERDICT),
+    Mutant("ablate: simulated rows never end", "paxattn/simulate.py", "picks & (known >= state.limit)", "picks & (known > state.limit)", SIMULATE + "::test_the_trace_is_that_of_serving"),
+    Mutant("ablate: simulated rows keep their blocks", "paxattn/simulate.py", "left = free(table, finish != Finish.RUNNING)", "left = table", SIMULATE + "::test_the_trace_is_that_of_serving"),
+    Mutant("ablate: reservations overtake the pool", "paxattn/simulate.py", 'side="right") - 1 - first', 'side="right") - first', SIMULATE + "::test_reserved_memory_is_the_rule_with_lists"),
+    Mutant("ablate: branches never part", "paxattn/simulate.py", "parents[(at - 1) % parents.shape[0]], row)", "row, row)", SIMULATE + "::test_branches_share_what_arithmetic_says"),
+    Mutant("ablate: a shared token counts twice", "paxattn/ablation/runs.py", "np.maximum.at(filled", "np.add.at(filled", ABLATE + "::test_live_slots_count_a_shared_token_once"),
+    Mutant("ablate: other tokens pass", "paxattn/ablation/sweep.py", 'row["tokens_sha256"] == want and', 'want and', ABLATE + "::test_other_tokens_are_noticed"),
+    Mutant("ablate: another subject's rows are taken", "paxattn/ablation/sweep.py", 'known = {"subject": fingerprint(subject), ', 'known = {', ABLATE + "::test_a_file_is_taken_up_where_it_stopped"),
+    Mutant("evict: attention sees the hole", "paxattn/decoding/eviction.py", "length=plan.length - gone * block_size", "length=plan.length", EVICTION),
+    Mutant("evict: the window is one block short", "paxattn/decoding/eviction.py", "<= table.length[:, None] - self.window + 1", "<= table.length[:, None] - self.window + 5", EVICTION + "::test_sinks_and_window_hold_what_they_say"),
+    Mutant("evict: blocks are not released", "paxattn/decoding/eviction.py", "release(table.blocks, jnp.where(out, table.pages, NULL))", "table.blocks", EVICTION),
+    Mutant("evict: a page that fills may go", "paxattn/decoding/eviction.py", "jnp.where(full & (table.pages != NULL)", "jnp.where((table.pages != NULL)", EVICTION + "::test_a_shared_block_stays_with_its_other_holders"),
     Mutant("an idle token's key is written", "pallas_kernels/rope.py", "live = token < query_start_ref[query_start.size - 1]", "live = token >= 0", SMALL),
     Mutant("a key is written without its turn", "pallas_kernels/rope.py", "k_pool[block, kv_head, slot, :] = apply_rope(qkv[token, kv_head, group, :], angles)", "k_pool[block, kv_head, slot, :] = qkv[token, kv_head, group, :]", SMALL),
     Mutant("a norm over the filled-up row", "pallas_kernels/add_norm.py", "jnp.sum(wide * wide) / embed", "jnp.sum(wide * wide) / width", SMALL),

@@ -11,6 +11,7 @@ Wrap it in `jax.jit` as you like; streaming calls `advance` a few steps at a tim
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 
@@ -20,6 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from paxattn.cache import Cache
+from paxattn.decoding import eviction
+from paxattn.decoding.eviction import Eviction
 from paxattn.decoding.fan_out import fan_out
 from paxattn.decoding.model import Model
 from paxattn.decoding.sampling import Sampling, sample_keys
@@ -59,6 +62,7 @@ def generate(
     max_model_len: int | None = None,
     max_num_batched_tokens: int = MAX_NUM_BATCHED_TOKENS,
     attention: str = "auto",
+    evict: Eviction | None = None,
     **options,
 ) -> Generation:
     """Continues prompts through a paged KV cache: a pure function, ready for `jax.jit`.
@@ -73,6 +77,7 @@ def generate(
       max_model_len: tokens that a row can hold, prompt included; static. Widest prompt + new tokens by default.
       max_num_batched_tokens: tokens a prefill step feeds at most; longer prompts are fed in chunks. Static.
       attention: implementation of paged attention, by name.
+      evict: gives blocks back while rows live, see `paxattn.decoding.eviction`; nothing is evicted by default.
       **options: what `start` takes: block_size, num_blocks, eos_token_id, trace, and the sampling knobs temperature,
         top_k, top_p, min_p, repetition_penalty (a number or one a prompt), key.
 
@@ -95,7 +100,8 @@ def generate(
     if num_return_sequences > 1:
         state = fan_out(model, state, group=num_return_sequences, budget=budget, attention=attention)
     width = state.tokens.shape[1] - 1 if is_traced(max_new_tokens) else int(np.max(max_new_tokens))
-    return finish(advance(model, state, budget=budget, attention=attention), width=width)
+    run = advance if evict is None else functools.partial(eviction.advance, evict=evict)
+    return finish(run(model, state, budget=budget, attention=attention), width=width)
 
 
 def start(

@@ -20,10 +20,15 @@ def blank(steps: int) -> Int32[Array, "steps columns"]:
     return jnp.zeros((steps, len(COLUMNS)), jnp.int32)
 
 
-def record(
+def record(old: Service, fed: Service, new: Service, count: Int32[Array, "B"], preempted: Bool[Array, "B"]):
+    """The trace [steps, columns] with one more line; arguments as in `line`."""
+    return new.trace.at[old.stats.steps].set(line(old, fed, new, count, preempted), mode="drop")
+
+
+def line(
     old: Service, fed: Service, new: Service, count: Int32[Array, "B"], preempted: Bool[Array, "B"]
-) -> Int32[Array, "steps columns"]:
-    """The trace with one more line.
+) -> Int32[Array, "columns"]:
+    """What one iteration did.
 
     Args:
       old: before the iteration.
@@ -34,7 +39,7 @@ def record(
     """
     allocated = new.stats.blocks_allocated - old.stats.blocks_allocated
     decoding = fed.view().pending == 1
-    line = (
+    values = (
         jnp.sum(fed.seated),
         jnp.sum(fed.waiting),
         jnp.sum(jnp.where(decoding, 0, count)),
@@ -46,7 +51,7 @@ def record(
         new.stats.blocks_copied - old.stats.blocks_copied,
         jnp.sum(preempted),
     )
-    return new.trace.at[old.stats.steps].set(jnp.stack([jnp.int32(value) for value in line]), mode="drop")
+    return jnp.stack([jnp.int32(value) for value in values])
 
 
 def columns(trace: Int32[Array, "steps columns"], steps: int) -> dict[str, np.ndarray]:

@@ -75,6 +75,30 @@ def test_serve_bench(capsys):
     assert run(capsys, "serve-bench", "--shapes", "tiny", *sizes)[1].count("\n") == len(facts)
 
 
+def test_ablate(capsys):
+    sizes = ("--rows", 2, "--context", 5, "--max-new-tokens", 4, "--repeats", 1, "--set", "max_num_batched_tokens=7")
+    code, out, _ = run(capsys, "ablate", "--model", TINY, "--block-size", "1,8", *sizes, "--json")
+    assert code == 0
+    rows = json.loads(out)
+    assert [(row["block_size"], row["max_num_batched_tokens"], row["same_tokens"]) for row in rows] == [
+        (1, 7, True), (8, 7, True)]  # fmt: skip
+    assert rows[0]["wasted"] == 0 < rows[1]["wasted"]
+    assert min(row["kernel_us"] for row in rows) > 0
+
+
+def test_ablate_a_pool(capsys, tmp_path):
+    pytest.importorskip("matplotlib")
+    (tmp_path / "lengths.csv").write_text("9,4\n3,20\n30,1\n")
+    pool = ("--set", "pool_tokens=64", "--set", "max_model_len=32", "--set", "admit=first_come,shortest_prompt")
+    files = ("--save", tmp_path / "rows.csv", "--plot", tmp_path / "plot.svg")
+    code, out, _ = run(capsys, "ablate", "--block-size", "4", "--lengths", tmp_path / "lengths.csv", *pool, *files)
+    assert code == 0
+    assert out.split()[:2] == ["admit", "wasted"]
+    assert out.count("\n") == 3
+    assert (tmp_path / "rows.csv").read_text().count("\n") == 3
+    assert (tmp_path / "plot.svg").exists()
+
+
 def test_speculation_equals_greedy_and_counts(capsys):
     common = ["generate", "--prompt-ids", "5,6,7,5,6,7,5", "--model", TINY, "--max-new-tokens", 12, "--block-size", 3]
     plain = json.loads(run(capsys, *common, "--json")[1])
@@ -124,6 +148,9 @@ def test_watching_draws_the_fullest_map_or_every_one_in_place(capsys, monkeypatc
         (["serve-bench", "--shapes", "tiny", "--num-blocks", "20"], "the pool has 19 to hand out"),
         (["serve-bench", "--shapes", "tiny", "--steps", "0"], "steps is 0"),
         (["generate", "--prompt-ids", "1", "--model", TINY, "--speculate", "self"], "speculate is 'self'"),
+        (["ablate", "--lengths", "/no/such/file"], "neither a file nor one of sharegpt"),
+        (["ablate", "--lengths", "alpaca", "--set", "block"], "'block' must be FIELD=V"),
+        (["ablate", "--lengths", "alpaca", "--set", "kernel=1"], "unknown options kernel"),
         (["generate", "a", "b", "--stream"], "--stream prints one answer"),
         (["generate", "--prompt-file", "/no/such/file"], "/no/such/file"),
     ],

@@ -1,0 +1,175 @@
+"""The ablation call: rows say what was measured, tokens are compared, a file is taken up where it stopped."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import paxattn as pax
+from paxattn.ablation import runs, sweep
+from paxattn.ablation.plot import plot
+from paxattn.ablation.pool import PoolRun
+from paxattn.ablation.runs import ModelRun, live_slots
+from tests.toys import HEADS, Chain, Toy
+
+TOY, CHAIN = Toy.create(), Chain(jnp.int32(7))
+SMALL = {"rows": 2, "context": 9, "max_new_tokens": 6, "repeats": 1}
+LENGTHS = pax.draw_lengths("alpaca", 40, longest=60)
+POOL = {"pool_tokens": 512, "max_num_seqs": 8, "max_model_len": 128, "max_num_batched_tokens": 64}
+
+
+def test_a_row_says_what_was_run_and_what_came():
+    (row,) = pax.ablate(TOY, block_size=4, query_heads=HEADS, **SMALL)
+    assert (row["block_size"], row["rows"], row["context"]) == (4, 2, 9)
+    assert (row["status"], row["same_tokens"]) == ("OK", True)
+    held = [-(-n // 4) * 4 for n in range(9, 14)]  # after the last step nobody holds anything
+    assert row["wasted"] == pytest.approx(1 - sum(range(9, 14)) / sum(held))
+    assert row["blocks_peak"] == 2 * 4
+    assert row["table_bytes"] == 4 * (2 * 4 + 2 + 9)
+    assert row["pool_bytes"] == 9 * 4 * TOY.cache_spec.bytes_per_token
+    assert row["peak_bytes"] > row["pool_bytes"]
+    assert min(row[k] for k in ("compile_s", "prefill_s", "decode_s", "kernel_us", "decode_tokens_per_s")) > 0
+    assert row["decode_tokens_per_s"] == pytest.approx(2 * 5 / row["decode_s"])
+    json.dumps(row)
+
+
+@pytest.mark.parametrize("way", [{"num_return_sequences": 3, "temperature": 0.8}, {"num_beams": 3}])
+def test_rows_that_share_a_prompt_save_blocks(way):
+    (row,) = pax.ablate(CHAIN, block_size=4, **way, **SMALL)
+    assert row["status"] == "OK"
+    assert 0.2 < row["saving"] < 2 / 3
+    assert row["blocks_copied"] > 0
+
+
+def test_live_slots_count_a_shared_token_once():
+    table = pax.PageTable.create(num_blocks=9, block_size=4, max_num_seqs=3, max_model_len=12)
+    table, _, _ = pax.append(table, jnp.array([6, 0, 3]))
+    table = pax.fork(table, jnp.array([0, 0, 2]))
+    assert live_slots(table) == 9
+    table, _, _ = pax.append(table, jnp.array([1, 0, 0]))  # row 0 has a tail of its own now, of three tokens
+    assert live_slots(table) == 4 + 3 + 2 + 3
+
+
+def test_a_pool_that_is_too_small_is_a_status_and_has_no_say():
+    rows = pax.ablate(CHAIN, num_blocks=[7, 40], block_size=4, **SMALL)
+    assert [(row["status"], row["same_tokens"]) for row in rows] == [("OUT_OF_BLOCKS", None), ("OK", True)]
+
+
+def test_other_tokens_are_noticed(monkeypatch, tmp_path):
+    tokens = {1: "a", 4: "b", 8: "a"}
+    monkeypatch.setattr(runs, "prepare", lambda model, run: run)
+    monkeypatch.setattr(runs, "measure", lambda run, **options: {
+        "status": "OK", "repeatable": True, "tokens_sha256": tokens[run.block_size]})  # fmt: skip
+    options = {"block_size": [1, 4, 8], "save": tmp_path / "rows.json", "threads": 2, **SMALL}
+    with pytest.raises(sweep.TokensDifferError, match=r"1 of 3 combinations.*'block_size': 4"):
+        pax.ablate(CHAIN, **options)
+    saved = json.loads((tmp_path / "rows.json").read_text())
+    assert saved == pax.ablate(CHAIN, exact=False, **options)
+    assert [row["same_tokens"] for row in saved] == [True, False, True]
+
+
+def test_other_questions_may_have_other_tokens():
+    row = {"status": "OK", "repeatable": True, **sweep.label(ModelRun())}
+    rows = [row | {"tokens_sha256": "a"}, row | {"tokens_sha256": "b", "temperature": 0.5},
+            row | {"tokens_sha256": "b", "temperature": 0.5, "attention": "xla", "repeatable": False}]  # fmt: skip
+    sweep.compare(rows)
+    assert [r["same_tokens"] for r in rows] == [True, True, False]
+
+
+@pytest.mark.parametrize("suffix", ["json", "csv"])
+def test_a_file_is_taken_up_where_it_stopped(monkeypatch, tmp_path, suffix):
+    path, asked = tmp_path / f"rows.{suffix}", []
+
+    def measure(lengths, run):
+        asked.append(run.block_size)
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return {"wasted": 0.1 * len(asked), "saving": None, "repeatable": True, "steps": len(asked)}
+
+    monkeypatch.setattr(sweep.pool, "measure", measure)
+    with pytest.raises(KeyboardInterrupt):
+        pax.ablate(LENGTHS, block_size=[1, 16, 32], save=path, **POOL)
+    rows = pax.ablate(LENGTHS, block_size=[1, 16, 32], save=path, **POOL)
+    assert asked == [1, 16, 32, 32]
+    assert [row["steps"] for row in rows] == [1, 2, 4]
+    assert rows == pax.ablate(LENGTHS, block_size=[1, 16, 32], save=path, **POOL)
+    assert len(asked) == 4
+    pax.ablate(LENGTHS[:, 1:], block_size=16, save=path, **POOL)
+    assert len(asked) == 5, "another trace is another subject"
+    assert rows == pax.ablate(LENGTHS, block_size=[1, 16, 32], save=path, **POOL)
+
+
+def test_every_field_of_a_pool_can_be_swept():
+    from paxattn.serving.policy import first_come, shortest_prompt
+
+    rows = pax.ablate(LENGTHS, admit=[first_come, shortest_prompt], watermark=[0.01, 1.0], **POOL)
+    assert [(row["admit"], row["watermark"]) for row in rows] == [
+        ("first_come", 0.01), ("first_come", 1.0), ("shortest_prompt", 0.01), ("shortest_prompt", 1.0),
+    ]  # fmt: skip
+    assert rows[0]["requests_at_once"] > rows[1]["requests_at_once"]
+    assert rows[1]["preemptions"] == rows[3]["preemptions"] == 0
+    assert rows[2]["mean_wait_steps"] != rows[0]["mean_wait_steps"]
+
+
+def test_ways_are_ordered_as_they_must_be():
+    rows = pax.ablate(LENGTHS, way=["reserve-max", "power-of-two", "oracle", "paged"], **POOL)
+    wasted = {row["way"]: row["wasted"] for row in rows}
+    assert wasted["reserve-max"] > wasted["power-of-two"] > wasted["oracle"] > wasted["paged"]
+    (single,) = pax.ablate(LENGTHS, block_size=1, **POOL)
+    assert single["wasted"] == 0
+    (shared,) = pax.ablate(LENGTHS, num_return_sequences=2, **POOL)
+    assert 0 < shared["saving"] < 0.5
+
+
+@pytest.mark.parametrize(("subject", "options", "message"), [
+    (CHAIN, {"blok_size": 3}, "unknown options blok_size; ModelRun has rows, context"),
+    (LENGTHS, {"rows": 3}, "unknown options rows; PoolRun has way, block_size"),
+    (LENGTHS, {"block_size": []}, "block_size is an empty list"),
+    (LENGTHS, {"way": "static"}, "way 'static' is unknown"),
+    (LENGTHS, {"pool_tokens": 30}, "a request takes"),
+    (LENGTHS, {"max_num_batched_tokens": 3}, "at least max_num_seqs"),
+    (LENGTHS[0], {}, r"they must be integers \[2, R\]"),
+    (LENGTHS - 1, {}, "a length is below 1"),
+    (CHAIN, {"max_new_tokens": 1}, "max_new_tokens is 1"),
+    (CHAIN, {"num_beams": 2, "temperature": 0.5}, "beams are neither"),
+    (LENGTHS, {"save": "rows.txt"}, "must end in .json or .csv"),
+])  # fmt: skip
+def test_wrong_questions_are_refused(subject, options, message):
+    with pytest.raises(ValueError, match=message):
+        pax.ablate(subject, **options)
+
+
+@pytest.mark.parametrize("text", ["{", '{"rows": []}', "[1]"])
+def test_a_file_of_another_form_is_refused(tmp_path, text):
+    (tmp_path / "rows.json").write_text(text)
+    with pytest.raises(ValueError, match=r"rows\.json"):
+        pax.ablate(LENGTHS, save=tmp_path / "rows.json", **POOL)
+    assert (tmp_path / "rows.json").read_text() == text
+
+
+def test_a_plot_has_a_panel_a_figure_and_a_line_a_series(tmp_path):
+    pytest.importorskip("matplotlib")
+    row = sweep.label(PoolRun()) | {"wasted": 0.1, "saving": 0.0, "steps": 9}
+    rows = [row | {"block_size": size, "way": way} for size in (1, 16) for way in ("paged", "oracle")]
+    figure = plot(rows, tmp_path / "a" / "plot.svg")
+    assert [axes.get_title() for axes in figure.axes] == ["memory wasted, %"]
+    assert [line.get_label() for line in figure.axes[0].lines] == ["block_size 1", "block_size 16"]
+    assert (tmp_path / "a" / "plot.svg").read_text().lstrip().startswith("<?xml")
+    with pytest.raises(ValueError, match="some field has two values"):
+        plot(rows[:1])
+    with pytest.raises(ValueError, match="panel 'speed' is unknown"):
+        plot(rows, panels=["speed"])
+
+
+def test_a_plot_without_matplotlib_says_what_to_install(monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"paxattn\[notebooks\]"):
+        plot([])
+
+
+def test_runs_are_told_apart():
+    assert sweep.fingerprint(LENGTHS) != sweep.fingerprint(LENGTHS + np.int32(1))
+    assert sweep.fingerprint(TOY) == sweep.fingerprint(Toy.create()) != sweep.fingerprint(Toy.create(1))
