@@ -1,4 +1,4 @@
-"""The parts of a Llama layer that hold no state: normalisation and rotary position embedding.
+"""The parts of a Llama layer that hold no state: normalisation, rotary position embedding, sums over a mesh.
 
 rope: a head [x1 | x2] is turned by the angle position * frequency[i]:
       [x1 cos - x2 sin | x2 cos + x1 sin]        (halves, as Hugging Face stores them)
@@ -45,3 +45,17 @@ def apply_rope(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
     cos, sin = angles
     low, high = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1).astype(x.dtype)
+
+
+def total(x: jax.Array, axis: str | None) -> jax.Array:
+    """The sum of what the devices of a mesh axis have: one all-reduce, none where there is no axis."""
+    return x if axis is None else jax.lax.psum(x, axis)
+
+
+def lookup(embed: jax.Array, tokens: jax.Array, axis: str | None) -> jax.Array:
+    """Embeddings [T, E] of tokens; where the vocabulary is cut, one device has each and the others add zero."""
+    if axis is None:
+        return embed[tokens]
+    at = tokens - jax.lax.axis_index(axis) * embed.shape[0]
+    mine = (at >= 0) & (at < embed.shape[0])
+    return total(jnp.where(mine[:, None], embed[jnp.where(mine, at, 0)], 0), axis)
