@@ -15,6 +15,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding
 
 import paxattn as pax
 from models import sharding
@@ -154,7 +155,7 @@ class Llama(nnx.Module):
         return scores if self.axis is None else Slice(scores, self.axis)
 
 
-def shard(model: Llama, mesh: jax.sharding.Mesh) -> Llama:
+def shard(model: Llama, mesh: Mesh) -> Llama:
     """The model on the devices of a mesh, cut over its "model" axis and whole along "data": see `models.sharding`.
 
     Raises:
@@ -165,14 +166,26 @@ def shard(model: Llama, mesh: jax.sharding.Mesh) -> Llama:
     return Llama(config, lambda name, shape: sharding.put(name, params[name], mesh, times))
 
 
-def random_llama(config: LlamaConfig, key: jax.Array, dtype: str = "float32") -> Llama:
-    """A Llama of random weights, for benchmarks and tests: norms 1, the rest normal / sqrt(fan in)."""
+def random_llama(
+    config: LlamaConfig, key: jax.Array, dtype: str = "float32", mesh: Mesh | None = None
+) -> Llama:
+    """A Llama of random weights, for benchmarks and tests: norms 1, the rest normal / sqrt(fan in).
 
-    def init(name: str, shape: tuple[int, ...]) -> jax.Array:
-        nonlocal key
-        if name.endswith("norm"):
-            return jnp.ones(shape, dtype)
-        key, mine = jax.random.split(key)
-        return (jax.random.normal(mine, shape, jnp.float32) * shape[0] ** -0.5).astype(dtype)
+    On a mesh each device makes its own part.
+    """
 
-    return Llama(config, init)
+    def make(key: jax.Array) -> Llama:
+        def init(name: str, shape: tuple[int, ...]) -> jax.Array:
+            nonlocal key
+            if name.endswith("norm"):
+                return jnp.ones(shape, dtype)
+            key, mine = jax.random.split(key)
+            return (jax.random.normal(mine, shape, jnp.float32) * shape[0] ** -0.5).astype(dtype)
+
+        return Llama(config, init)
+
+    if mesh is None:
+        return make(key)
+    config = sharding.fit(config, mesh.shape["model"])
+    specs = jax.eval_shape(make, key).specs("model")
+    return jax.jit(make, out_shardings=jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs))(key)

@@ -42,9 +42,11 @@ def spec(name: str, axis: str = "model") -> P:
     return P() if part is None else P(*[None] * CUT[part], axis)
 
 
-def place(mesh: Mesh, name: str) -> NamedSharding:
-    """Where a parameter lies."""
-    return NamedSharding(mesh, spec(name))
+def place(mesh: Mesh, name: str, shape: tuple[int, ...]) -> NamedSharding:
+    """Where a parameter lies; whole on every device while it has too few KV heads to be cut."""
+    where = NamedSharding(mesh, spec(name))
+    cut = CUT.get(name.rpartition(".")[2])
+    return where if cut is None or shape[cut] % mesh.shape["model"] == 0 else NamedSharding(mesh, P())
 
 
 def fit(config: LlamaConfig, devices: int) -> LlamaConfig:
@@ -88,7 +90,10 @@ def put(name: str, array: jax.Array, mesh: Mesh, times: int = 1) -> jax.Array:
     """A parameter, its KV heads repeated, where it lies on the mesh; nothing moves if it is there already."""
     if times > 1 and re.search(r"qkv(_bias)?$", name):
         array = repeat_heads(array, times)
-    if array.sharding == place(mesh, name) or not array.is_fully_addressable:
-        return jax.jit(lambda x: x, out_shardings=place(mesh, name))(array)
+    where = place(mesh, name, array.shape)
+    if array.sharding.is_equivalent_to(where, array.ndim):
+        return array
+    if not array.is_fully_addressable or isinstance(array.sharding, NamedSharding):
+        return jax.jit(lambda x: x, out_shardings=where)(array)
     host = np.asarray(array)
-    return jax.make_array_from_callback(host.shape, place(mesh, name), lambda index: host[index])
+    return jax.make_array_from_callback(host.shape, where, lambda index: host[index])
