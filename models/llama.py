@@ -113,8 +113,9 @@ class Llama(nnx.Module):
         config = dataclasses.replace(self.config, num_hidden_layers=layers)
         return Llama(config, lambda name, shape: params[name])
 
-    def specs(self, axis: str) -> "Llama":
-        """This tree with a `PartitionSpec` for each array."""
+    def specs(self, axis: str, devices: int) -> "Llama":
+        """This tree with a `PartitionSpec` for each array, to be cut over `devices`."""
+        sharding.part(self.config, devices)
         return jax.tree.map_with_path(lambda path, _: sharding.spec(jax.tree_util.keystr(path), axis), self)
 
     def local(self, axis: str) -> "Llama":
@@ -187,5 +188,5 @@ def random_llama(
     if mesh is None:
         return make(key)
     config = sharding.fit(config, mesh.shape["model"])
-    specs = jax.eval_shape(make, key).specs("model")
+    specs = jax.eval_shape(make, key).specs("model", mesh.shape["model"])
     return jax.jit(make, out_shardings=jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs))(key)

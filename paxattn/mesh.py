@@ -45,8 +45,8 @@ _POOL, _REST = P(DATA, None, MODEL), P(DATA)  # [D, N, K, S, D] and [D, ...]
 class Cut(Protocol):
     """A model whose parameters are cut over a mesh axis."""
 
-    def specs(self, axis: str) -> Any:
-        """The same pytree with a `PartitionSpec` for each array."""
+    def specs(self, axis: str, devices: int) -> Any:
+        """The same pytree with a `PartitionSpec` for each array; raises where it cannot be cut into that many."""
         ...
 
     def local(self, axis: str) -> Model:
@@ -95,7 +95,7 @@ def spread(f: Callable, mesh: Mesh) -> Callable:
             shape.append(out)
             return jax.tree.map(lambda x: jnp.asarray(x)[None], (out.pools, out.rest))
 
-        specs = {"in_specs": (_specs(same), _POOL, _REST), "out_specs": (_POOL, _REST)}
+        specs = {"in_specs": (_specs(same, mesh.shape[MODEL]), _POOL, _REST), "out_specs": (_POOL, _REST)}
         run = jax.jit(jax.shard_map(lane, mesh=mesh, check_vma=False, **specs))
         pools, rest = run(same, dealt.pools, dealt.rest)
         return shape[-1].rebuild(pools, rest)
@@ -211,8 +211,8 @@ def _is_cut(node: Any) -> bool:
     return isinstance(node, Cut)
 
 
-def _specs(tree: Any) -> Any:
-    return jax.tree.map(lambda node: node.specs(MODEL) if _is_cut(node) else P(), tree, is_leaf=_is_cut)
+def _specs(tree: Any, devices: int) -> Any:
+    return jax.tree.map(lambda node: node.specs(MODEL, devices) if _is_cut(node) else P(), tree, is_leaf=_is_cut)
 
 
 def _local(tree: Any) -> Any:
