@@ -55,9 +55,10 @@ def several_processes() -> bool:
 
 def join_processes() -> None:
     """`jax.distributed.initialize` from the environment, with waits that end."""
-    given = {"num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}
+    numbers = {name: int(os.environ[name]) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID") if name in os.environ}
     jax.distributed.initialize(
-        **{name: int(os.environ[variable]) for name, variable in given.items() if variable in os.environ},
+        num_processes=numbers.get("JAX_NUM_PROCESSES"),
+        process_id=numbers.get("JAX_PROCESS_ID"),
         initialization_timeout=PATIENCE,
         heartbeat_timeout_seconds=HEARTBEAT,
         shutdown_timeout_seconds=HEARTBEAT,
@@ -71,7 +72,7 @@ def is_first() -> bool:
 
 def speak_once() -> None:
     """Only the first process writes to stdout, and only Python does: Gloo's own lines go to stderr."""
-    sys.stdout = os.fdopen(os.dup(1), "w") if is_first() else open(os.devnull, "w")
+    sys.stdout = os.fdopen(os.dup(1) if is_first() else os.open(os.devnull, os.O_WRONLY), "w")
     os.dup2(2, 1)
 
 

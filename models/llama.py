@@ -167,9 +167,7 @@ def shard(model: Llama, mesh: Mesh) -> Llama:
     return Llama(config, lambda name, shape: sharding.put(name, params[name], mesh, times))
 
 
-def random_llama(
-    config: LlamaConfig, key: jax.Array, dtype: str = "float32", mesh: Mesh | None = None
-) -> Llama:
+def random_llama(config: LlamaConfig, key: jax.Array, dtype: str = "float32", mesh: Mesh | None = None) -> Llama:
     """A Llama of random weights, for benchmarks and tests: norms 1, the rest normal / sqrt(fan in).
 
     On a mesh each device makes its own part.

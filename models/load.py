@@ -15,7 +15,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -101,7 +101,7 @@ class Parts(NamedTuple):
     views: list[np.ndarray]
     axis: int = 0
 
-    def read(self, index: tuple[slice, ...]) -> np.ndarray:
+    def read(self, index: Any) -> np.ndarray:
         """A slice of it; no mesh cuts the axis of a parameter that has several views."""
         return np.ascontiguousarray(np.concatenate([view[index] for view in self.views], axis=self.axis))
 

@@ -65,8 +65,8 @@ def fit(config: LlamaConfig, devices: int) -> LlamaConfig:
         problems.append(f"num_key_value_heads = {kv_heads} is neither a multiple nor a divisor of it")
     if problems:
         raise MeshError(
-            f"the model cannot be cut over model={devices} devices: {'; '.join(problems)}. Choose a smaller model axis, "
-            "and use what is left of the devices on the data axis."
+            f"the model cannot be cut over model={devices} devices: {'; '.join(problems)}. Choose a smaller model "
+            "axis, and use what is left of the devices on the data axis."
         )
     return dataclasses.replace(config, num_key_value_heads=max(devices, kv_heads))
 
@@ -74,7 +74,7 @@ def fit(config: LlamaConfig, devices: int) -> LlamaConfig:
 def part(config: LlamaConfig, devices: int) -> LlamaConfig:
     """What one of the devices has of it; the vocabulary stays that of the whole."""
     if fit(config, devices) != config:
-        raise MeshError(f"{config.num_key_value_heads} KV heads lie on model={devices} devices: `models.shard` it first.")
+        raise MeshError(f"{config.num_key_value_heads} KV heads on model={devices} devices: `models.shard` it first.")
     cut = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
     return dataclasses.replace(config, **{name: getattr(config, name) // devices for name in cut})
 

@@ -63,8 +63,8 @@ def make_mesh(data: int = 1, model: int = 1) -> Mesh:
     found = jax.device_count()
     if data < 1 or model < 1 or data * model != found:
         raise ValueError(
-            f"a mesh of data={data} x model={model} takes {data * model} devices, at least 1 each way; there are {found} "
-            f"in {jax.process_count()} process(es). Choose sizes whose product that is, or show JAX other devices."
+            f"a mesh of data={data} x model={model} takes {data * model} devices, at least 1 each way; there are "
+            f"{found} in {jax.process_count()} process(es). Choose sizes with that product, or show JAX other devices."
         )
     return jax.make_mesh((data, model), (DATA, MODEL), axis_types=(AxisType.Auto, AxisType.Auto))
 
@@ -72,9 +72,9 @@ def make_mesh(data: int = 1, model: int = 1) -> Mesh:
 def spread(f: Callable, mesh: Mesh) -> Callable:
     """`f` once for each data shard: a vmap whose lanes are devices, or groups of them along the model axis.
 
-    Arguments with arrays are dealt, a lane each along their leading axis [D], but for those that all lanes share (model,
-    drafter, steps, policy, length_penalty, eos_token_id); what holds no array is passed on as it is. Results have the
-    leading axis. Pools lie [D, N, K, S, D], cut over lanes and KV heads.
+    Arguments with arrays have a leading axis [D], an entry a lane, but for those that all lanes share (model, drafter,
+    steps, policy, length_penalty, eos_token_id); what holds no array is passed on as it is. Results have the leading
+    axis too. Pools are cut over lanes and over KV heads.
     """
     signature = inspect.signature(f)
     gathering = [p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD]
@@ -106,9 +106,10 @@ def spread(f: Callable, mesh: Mesh) -> Callable:
 def on_mesh(program: Callable, mesh: Mesh) -> Callable:
     """`generate`, `beam_search`, `speculate` or `serve` over a mesh: the same call, ready for `jax.jit`.
 
-    Prompts (or requests) and options with a value a prompt are dealt to the data shards like cards; the sizes max_num_seqs,
-    num_blocks and max_num_batched_tokens are those of one shard. Rows come back in the order of the prompts, on every
-    device. What belongs to a shard (status, stats, trace, cache) keeps a leading axis [D]: `jax.vmap(pax.violations)`.
+    Prompts (or requests) and options with a value a prompt are dealt to the data shards like cards; the sizes
+    max_num_seqs, num_blocks and max_num_batched_tokens are those of one shard. Rows come back in the order of the
+    prompts, on every device. What belongs to a shard (status, stats, trace, cache) keeps a leading axis [D], so that
+    `jax.vmap(pax.violations)` looks at every page table.
 
     Args:
       program: one of the four.
@@ -166,7 +167,7 @@ def join(tree: Any, mesh: Mesh, count: int) -> Any:
     def whole(node):
         if isinstance(node, Cache):
             return node
-        if not dataclasses.is_dataclass(node):
+        if not dataclasses.is_dataclass(node) or isinstance(node, type):
             return tuple(map(whole, node)) if isinstance(node, tuple) else everywhere(node)
         fields = {f.name: f for f in dataclasses.fields(node) if not f.metadata.get("static")}
         has_lines = {name: getattr(f.type, "dim_str", "")[:1] in ("B", "R") for name, f in fields.items()}

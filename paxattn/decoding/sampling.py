@@ -96,7 +96,6 @@ def pick(
     Returns:
       Tokens and log-probabilities; NaN logits give a NaN log-probability.
     """
-
     found = peak(logits)
 
     def general():

@@ -17,9 +17,14 @@ TINY = str(GOLDEN / "tiny_llama")
 EXPECTED = json.loads((GOLDEN / "tiny_llama" / "expected.json").read_text())
 
 
+FAST = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+"""Compiling is what these tests do most of the time."""
+
+
 @pytest.fixture(scope="module")
 def found():
-    done = subprocess.run([sys.executable, "-m", "tests.models.devices"], cwd=ROOT, capture_output=True, text=True)
+    command, env = [sys.executable, "-m", "tests.models.devices"], os.environ | FAST
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -38,7 +43,7 @@ def free_port() -> int:
 
 def start(*words, **variables):
     """A process with one CPU device."""
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", **variables}
+    env = os.environ | FAST | variables
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen([sys.executable, "-m", *words], cwd=ROOT, env=env, **pipes)
 
