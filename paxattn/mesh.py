@@ -55,16 +55,16 @@ class Cut(Protocol):
 
 
 def make_mesh(data: int = 1, model: int = 1) -> Mesh:
-    """A mesh of data x model devices, those of a model group next to each other.
+    """A mesh of data x model devices, the first ones, those of a model group next to each other.
 
     Raises:
-      ValueError: another number of devices than there are, all processes together.
+      ValueError: there are fewer, or several processes would not all take part.
     """
-    found = jax.device_count()
-    if data < 1 or model < 1 or data * model != found:
+    found, wanted = jax.device_count(), data * model
+    if data < 1 or model < 1 or wanted > found or (jax.process_count() > 1 and wanted < found):
         raise ValueError(
-            f"a mesh of data={data} x model={model} takes {data * model} devices, at least 1 each way; there are "
-            f"{found} in {jax.process_count()} process(es). Choose sizes with that product, or show JAX other devices."
+            f"a mesh of data={data} x model={model} takes {wanted} devices, at least 1 each way; there are "
+            f"{found} in {jax.process_count()} process(es). Choose other sizes (several processes use all of their devices)."
         )
     return jax.make_mesh((data, model), (DATA, MODEL), axis_types=(AxisType.Auto, AxisType.Auto))
 

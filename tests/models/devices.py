@@ -243,8 +243,8 @@ def what_does_not_fit_is_refused():
             models.shard(tiny()[0], mesh(1, devices))
     with pytest.raises(sharding.MeshError, match=r"`models.shard` it first"):
         pax.on_mesh(pax.generate, mesh(1, 4))(tiny()[0], *prompts((3,)), max_new_tokens=2)
-    with pytest.raises(ValueError, match="takes 6 devices"):
-        pax.make_mesh(3, 2)
+    with pytest.raises(ValueError, match="takes 12 devices"):
+        pax.make_mesh(3, 4)
     with pytest.raises(ValueError, match="a token id is 400"):
         pax.on_mesh(pax.generate, mesh(2, 1))(tiny()[0], np.array([[400]]), np.array([1]), max_new_tokens=2)
 
