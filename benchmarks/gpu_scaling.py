@@ -34,9 +34,9 @@ GOALS = {("model=2", "decode", 1): 1.6, ("data=2", "serving", None): 1.95}
 METHOD = """
 One process, random weights, greedy. Decode: time of one call of N steps / N, from a fresh state whose pages are taken
 and whose cached contents are zero; host clock around a blocking call; the first run warms, median of the rest. Rows are
-those of all devices together; data=2 deals them to two shards. Serving: as in gpu_serving.py, one run after a warm-up of a
-few steps; data=2 deals the requests, its rows and blocks are a shard's. psum: a loop of all-reduces of [rows, E] in the
-model's dtype over both devices, time of the call / their number. times: one device's time / this time.
+those of all devices together; data=2 deals them to two shards. Serving: as in gpu_serving.py, one run after a warm-up
+of a few steps; data=2 deals the requests, its rows and blocks are a shard's. psum: a loop of all-reduces of [rows, E]
+in the model's dtype over both devices, time of the call / their number. times: one device's time / this time.
 """
 
 

@@ -63,8 +63,8 @@ def make_mesh(data: int = 1, model: int = 1) -> Mesh:
     found, wanted = jax.device_count(), data * model
     if data < 1 or model < 1 or wanted > found or (jax.process_count() > 1 and wanted < found):
         raise ValueError(
-            f"a mesh of data={data} x model={model} takes {wanted} devices, at least 1 each way; there are "
-            f"{found} in {jax.process_count()} process(es). Choose other sizes (several processes use all of their devices)."
+            f"a mesh of data={data} x model={model} takes {wanted} devices, at least 1 each way; there are {found} "
+            f"in {jax.process_count()} process(es). Choose other sizes; several processes use all their devices."
         )
     return jax.make_mesh((data, model), (DATA, MODEL), axis_types=(AxisType.Auto, AxisType.Auto))
 
