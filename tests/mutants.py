@@ -25,7 +25,7 @@ ATTENTION, SAMPLING = "tests/pallas_kernels/test_paged_attention.py", "tests/pax
 
 SPECULATIVE = "tests/paxattn/test_speculative.py"
 VERDICT = "tests/paxattn/test_speculative_sampling.py"
-MESH = "tests/models/test_mesh.py::test_on_eight_devices"
+MESH = "tests/models/test_mesh.py::test_on_eight_devices[{}]"
 
 PATIENCE = 900
 """Seconds that a mutant's tests may take: several times what the sound ones do."""
@@ -119,16 +119,16 @@ MUTANTS = (
     Mutant("speculation: a rejected place draws from p", "paxattn/decoding/rejection.py", "jnp.maximum(p - q, 0)", "jnp.maximum(p, 0)", VERDICT),
     Mutant("speculation: the verdict has the draft's noise", "paxattn/decoding/rejection.py", "stream(each, ACCEPT)", "stream(each, DRAFT)", VERDICT),
     Mutant("speculation: guesses have the noise of tokens", "paxattn/decoding/drafters.py", "sampling = stream(state.sampling, DRAFT)", "sampling = state.sampling", VERDICT),
-    Mutant("mesh: tokens of a slice count from zero", "paxattn/decoding/vocabulary.py", "(mine.token + offset(scores))", "mine.token", MESH),
-    Mutant("mesh: sums of slices are not rescaled", "paxattn/decoding/vocabulary.py", "jnp.sum(totals * jnp.exp(tops - top), axis=0)", "jnp.sum(totals, axis=0)", MESH),
-    Mutant("mesh: candidates of a slice count from zero", "paxattn/decoding/vocabulary.py", "token + offset(scores), logprob", "token, logprob", MESH),
-    Mutant("mesh: greedy gathers the logits", "paxattn/decoding/sampling.py", "plain = found.token, found.top", "plain = peak(whole(logits)).token, found.top", MESH),
-    Mutant("mesh: the embedding's slice starts at zero", "models/layers.py", "tokens - jax.lax.axis_index(axis) * embed.shape[0]", "tokens", MESH),
-    Mutant("mesh: a bias on every device", "models/llama.py", "return (out + self.out_bias[...] if config.attention_bias else out), kv", "return (out + total(self.out_bias[...], self.axis) if config.attention_bias else out), kv", MESH),
-    Mutant("mesh: repeated heads out of order", "models/sharding.py", "jnp.repeat(qkv[..., -2:, :], times, axis=-3)", "jnp.concatenate([qkv[..., -2:, :]] * times, axis=-3)", MESH),
-    Mutant("mesh: repeated heads of a file out of order", "models/load.py", "np.repeat(k, times, axis=0)", "np.concatenate([k] * times)", MESH),
-    Mutant("mesh: keys follow the hand", "paxattn/mesh.py", "(key, jnp.arange(count))", "(key, jnp.arange(count) // 2)", MESH),
-    Mutant("mesh: answers in the order of the hands", "paxattn/mesh.py", "*x.shape[2:]).swapaxes(0, 1)", "*x.shape[2:])", MESH),
+    Mutant("mesh: tokens of a slice count from zero", "paxattn/decoding/vocabulary.py", "(mine.token + offset(scores))", "mine.token", MESH.format("generate (1, 8)")),
+    Mutant("mesh: sums of slices are not rescaled", "paxattn/decoding/vocabulary.py", "jnp.sum(totals * jnp.exp(tops - top), axis=0)", "jnp.sum(totals, axis=0)", MESH.format("beams (2, 4)")),
+    Mutant("mesh: candidates of a slice count from zero", "paxattn/decoding/vocabulary.py", "token + offset(scores), logprob", "token, logprob", MESH.format("beams (2, 4)")),
+    Mutant("mesh: greedy gathers the logits", "paxattn/decoding/sampling.py", "plain = found.token, found.top", "plain = peak(whole(logits)).token, found.top", MESH.format("collectives")),
+    Mutant("mesh: the embedding's slice starts at zero", "models/layers.py", "tokens - jax.lax.axis_index(axis) * embed.shape[0]", "tokens", MESH.format("generate (1, 8)")),
+    Mutant("mesh: a bias on every device", "models/llama.py", "return (out + self.out_bias[...] if config.attention_bias else out), kv", "return (out + total(self.out_bias[...], self.axis) if config.attention_bias else out), kv", MESH.format("biases")),
+    Mutant("mesh: repeated heads out of order", "models/sharding.py", "jnp.repeat(qkv[..., -2:, :], times, axis=-3)", "jnp.concatenate([qkv[..., -2:, :]] * times, axis=-3)", MESH.format("generate (1, 8)")),
+    Mutant("mesh: repeated heads of a file out of order", "models/load.py", "np.repeat(k, times, axis=0)", "np.concatenate([k] * times)", MESH.format("files")),
+    Mutant("mesh: keys follow the hand", "paxattn/mesh.py", "(key, jnp.arange(count))", "(key, jnp.arange(count) // 2)", MESH.format("sampling (2, 4)")),
+    Mutant("mesh: answers in the order of the hands", "paxattn/mesh.py", "*x.shape[2:]).swapaxes(0, 1)", "*x.shape[2:])", MESH.format("generate (2, 4)")),
 )  # fmt: skip
 
 

@@ -22,8 +22,10 @@ FAST = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0
 
 
 @pytest.fixture(scope="module")
-def found():
-    command, env = [sys.executable, "-m", "tests.models.devices"], os.environ | FAST
+def found(request):
+    calls = [getattr(item, "callspec", None) for item in request.session.items if "eight_devices" in item.name]
+    names = [call.params["check"] for call in calls if call is not None]
+    command, env = [sys.executable, "-m", "tests.models.devices", *names], os.environ | FAST
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
