@@ -9,15 +9,16 @@ python benchmarks/gpu_beam.py --save           python benchmarks/gpu_beam.py --t
 
 import argparse
 import dataclasses
+import functools
 import statistics
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import programs
 import record
 
-import models
 import paxattn as pax
 from models.shapes import CONFIGS
 from paxattn.decoding import beam
@@ -29,6 +30,7 @@ VLLM_TOKENS = {8: 19941.0, 32: 35372.0}
 VLLM_REQUESTS = 1.08
 """Published by vLLM: beam search, 8B, 256 in, 256 out, n = 4, 100 prompts, H100: requests a second."""
 
+BUDGET = 8192  # max_num_batched_tokens
 METHOD = """Random weights and prompts, bf16, block 16, no end token. beams: one jitted call over all steps after the
 first token, host clock around a blocking call, divided by the steps; greedy: the same of a decode loop with a row and a
 prompt of its own for each beam. samples and requests: one jitted call from the prompts to the last token. The first run
@@ -51,40 +53,56 @@ def prompts(model, count: int, width: int) -> tuple[jax.Array, jax.Array]:
     return jnp.asarray(ids, jnp.int32), jnp.full(count, width, jnp.int32)
 
 
-def measure_beams(model, name: str, count: int, k: int, width: int, new: int, options) -> dict:
-    """A step of beam search, and a greedy step of as many rows."""
+def lower_beams(shape, count: int, k: int, width: int, new: int, attention: str) -> dict:
+    """How to lower the programs of `measure_beams`, from the model's shapes."""
     limits = {"max_new_tokens": new + 1, "max_model_len": width + new + 1}
-    common = {"budget": pax.prefill_budget((count, width), 8192), "attention": options.attention}
-    begin = jax.jit(lambda *p: beam.begin(model_shape(model), *p, num_beams=k, **limits))
-    branch = jax.jit(beam.branch, static_argnames=tuple(common), donate_argnums=1)
-    advance = jax.jit(beam.advance, static_argnames="attention", donate_argnums=1)
+    rows, budgets = count * k, [pax.prefill_budget((n, width), BUDGET) for n in (count, count * k)]
+    ids, lengths = programs.ids(count, width), jax.ShapeDtypeStruct((count,), jnp.int32)
+    many, many_lengths = programs.ids(rows, width), jax.ShapeDtypeStruct((rows,), jnp.int32)
+    begin = jax.jit(lambda *p: beam.begin(shape, *p, num_beams=k, **limits))
+    branch = jax.jit(functools.partial(beam.branch, budget=budgets[0], attention=attention), donate_argnums=1)
+    search = jax.jit(functools.partial(beam.advance, attention=attention), donate_argnums=1)
+    start = jax.jit(lambda *p: pax.start(shape, *p, **limits))
+    decode = jax.jit(functools.partial(pax.advance, budget=budgets[1], attention=attention), donate_argnums=1)
+
+    def begun():
+        return jax.eval_shape(begin, ids, lengths)
+
+    return {
+        "begin": lambda: begin.lower(ids, lengths),
+        "branch": lambda: branch.lower(shape, begun()),
+        "search": lambda: search.lower(shape, jax.eval_shape(branch, shape, begun())),
+        "start": lambda: start.lower(many, many_lengths),
+        "decode": lambda: decode.lower(shape, jax.eval_shape(start, many, many_lengths), steps=programs.number()),
+    }
+
+
+def measure_beams(model, compiled: dict, name: str, count: int, k: int, width: int, new: int, repeats: int) -> dict:
+    """A step of beam search, and a greedy step of as many rows."""
     last = None
 
     def search(state):
         nonlocal last
-        last = advance(model, state, attention=options.attention)
+        last = compiled["search"](model, state)
         return last
 
     def fresh():
         nonlocal last
         last = None
-        return branch(model, begin(*prompts(model, count, width)), **common)
+        return compiled["branch"](model, compiled["begin"](*prompts(model, count, width)))
 
-    samples = timed(search, fresh, options.repeats)
+    samples = timed(search, fresh, repeats)
     ended, saving = np.asarray(last.ended.finish), float(last.rows.stats.sharing.saving)
     assert (ended == pax.Finish.LENGTH).all()
     last = None
 
     rows = count * k
-    common["budget"] = pax.prefill_budget((rows, width), 8192)
-    start = jax.jit(lambda *p: pax.start(model_shape(model), *p, **limits))
-    decode = jax.jit(pax.advance, static_argnames=tuple(common), donate_argnums=1)
-    prefill_steps = -(-rows * width // common["budget"])
+    steps = -(-rows * width // pax.prefill_budget((rows, width), BUDGET))
 
     def prefilled():
-        return decode(model, start(*prompts(model, rows, width)), steps=jnp.int32(prefill_steps), **common)
+        return compiled["decode"](model, compiled["start"](*prompts(model, rows, width)), steps=jnp.int32(steps))
 
-    greedy = timed(lambda s: decode(model, s, steps=jnp.int32(2**30), **common), prefilled, options.repeats)
+    greedy = timed(lambda s: compiled["decode"](model, s, steps=jnp.int32(2**30)), prefilled, repeats)
     ms, greedy_ms = (1e3 * statistics.median(seconds) / new for seconds in (samples, greedy))
     vllm = VLLM_MS.get(count) if name == "1B" else None
     return {
@@ -95,22 +113,21 @@ def measure_beams(model, name: str, count: int, k: int, width: int, new: int, op
     }  # fmt: skip
 
 
-def model_shape(model):
-    """What `start` asks of a model, so that the weights are no constants of the program."""
-    return dataclasses.make_dataclass("Shape", ["cache_spec", "vocab_size"])(model.cache_spec, model.vocab_size)
+def lower_samples(shape, count: int, n: int, width: int, new: int, attention: str) -> jax.stages.Lowered:
+    """The program of `measure_samples`."""
 
-
-def measure_samples(model, name: str, count: int, n: int, width: int, new: int, options) -> dict:
-    """Parallel sampling from the prompts to the last token."""
-
-    @jax.jit
     def run(model, ids, length):
         result = pax.generate(
             model, ids, length, max_new_tokens=new, num_return_sequences=n, temperature=1.0,
-            max_num_batched_tokens=8192, attention=options.attention,
+            max_num_batched_tokens=BUDGET, attention=attention,
         )  # fmt: skip
         return result.token_ids, result.length, result.stats
 
+    return jax.jit(run).lower(shape, programs.ids(count, width), jax.ShapeDtypeStruct((count,), jnp.int32))
+
+
+def measure_samples(model, run, name: str, count: int, n: int, width: int, new: int, repeats: int) -> dict:
+    """Parallel sampling from the prompts to the last token."""
     out = None
 
     def go(state):
@@ -118,7 +135,7 @@ def measure_samples(model, name: str, count: int, n: int, width: int, new: int, 
         out = run(model, *state)
         return out
 
-    samples = timed(go, lambda: prompts(model, count, width), options.repeats)
+    samples = timed(go, lambda: prompts(model, count, width), repeats)
     assert (np.asarray(out[1]) == new).all()
     rate = count * n * new / statistics.median(samples)
     vllm = VLLM_TOKENS.get(count) if name == "1B" else None
@@ -129,18 +146,22 @@ def measure_samples(model, name: str, count: int, n: int, width: int, new: int, 
     }  # fmt: skip
 
 
-def measure_requests(model, name: str, count: int, k: int, width: int, new: int, options) -> dict:
-    """Beam search from the prompts to the last token."""
+def lower_requests(shape, count: int, k: int, width: int, new: int, attention: str) -> jax.stages.Lowered:
+    """The program of `measure_requests`."""
 
-    @jax.jit
     def run(model, ids, length):
         found = pax.beam_search(
             model, ids, length, num_beams=k, max_new_tokens=new, num_return_sequences=k,
-            max_num_batched_tokens=8192, attention=options.attention,
+            max_num_batched_tokens=BUDGET, attention=attention,
         )  # fmt: skip
         return found.token_ids, found.status
 
-    samples = timed(lambda state: run(model, *state), lambda: prompts(model, count, width), options.repeats)
+    return jax.jit(run).lower(shape, programs.ids(count, width), jax.ShapeDtypeStruct((count,), jnp.int32))
+
+
+def measure_requests(model, run, name: str, count: int, k: int, width: int, new: int, repeats: int) -> dict:
+    """Beam search from the prompts to the last token."""
+    samples = timed(lambda state: run(model, *state), lambda: prompts(model, count, width), repeats)
     rate = count / statistics.median(samples)
     return {
         "model": name, "prompts": count, "num_beams": k, "in": width, "out": new, "requests_per_s": rate,
@@ -158,33 +179,47 @@ def main() -> None:
     parser.add_argument("--folder", default="h100")
     options = parser.parse_args()
 
-    def build(name: str):  # the name of the shapes that are measured, and the model
-        config, dtype = CONFIGS[name], "bfloat16"
-        if options.tiny:
-            name, dtype = "tiny", "float32"
-            config = dataclasses.replace(CONFIGS["135M"], num_hidden_layers=2, vocab_size=999)
-        make = jax.jit(lambda key: models.random_llama(config, key, dtype))
-        return jax.block_until_ready(make(jax.random.key(0))), name
+    tiny = dataclasses.replace(CONFIGS["135M"], num_hidden_layers=2, vocab_size=999)
+    configs = {"small": tiny if options.tiny else CONFIGS["1B"], "large": tiny if options.tiny else CONFIGS["8B"]}
+    names, dtype = ({}, "float32") if options.tiny else ({"small": "1B", "large": "8B"}, "bfloat16")
+    counts, size, many = ((1, 2), 1 / 16, 2) if options.tiny else ((1, 8, 32), 1, 100)
+    only = options.only.split(",")
+    cases = [("beams", "small", n, 4, int(256 * size), int(128 * size)) for n in counts]
+    cases += [("samples", "small", n, 8, int(1024 * size), int(128 * size)) for n in counts[1:]]
+    cases += [("requests", "large", many, 4, int(256 * size), int(256 * size))]
+    cases = [case for case in cases if case[0] in only]
 
-    counts, size = ((1, 2), 1 / 16) if options.tiny else ((1, 8, 32), 1)
-    only, rows = options.only.split(","), []
+    began = time.perf_counter()
+    used = {which: programs.model_shapes(configs[which], dtype) for which in ("small", "large")}
+    used = {which: shape for which, shape in used.items() if any(case[1] == which for case in cases)}
+    makes = {which: functools.partial(programs.lower_maker, configs[which], dtype) for which in used}
+    for case in cases:
+        kind, which, *sizes = case
+        given = used[which], *sizes, options.attention
+        if kind == "beams":
+            makes |= {(*case, part): make for part, make in lower_beams(*given).items()}
+        else:
+            how = lower_samples if kind == "samples" else lower_requests
+            makes[case] = functools.partial(how, *given)
+    compiled = programs.side_by_side(makes)
+    print(f"compiled in {time.perf_counter() - began:.0f} s", flush=True)
 
-    def add(row: dict) -> None:
-        print({key: value for key, value in row.items() if "seconds" not in key}, flush=True)
-        rows.append(row)
-
-    if {"beams", "samples"} & set(only):
-        model, name = build("1B")
-        for count in counts if "beams" in only else ():
-            add(measure_beams(model, name, count, 4, int(256 * size), int(128 * size), options))
-        for count in counts[1:] if "samples" in only else ():
-            add(measure_samples(model, name, count, 8, int(1024 * size), int(128 * size), options))
+    rows = []
+    for which in used:
+        model = compiled[which](jax.random.key(0))
+        for case in (case for case in cases if case[1] == which):
+            kind, _, *sizes = case
+            told = names.get(which, "tiny"), *sizes, options.repeats
+            if kind == "beams":
+                parts = {key[-1]: program for key, program in compiled.items() if key[:-1] == case}
+                rows.append(measure_beams(model, parts, *told))
+            else:
+                measure = measure_samples if kind == "samples" else measure_requests
+                rows.append(measure(model, compiled[case], *told))
+            print({key: value for key, value in rows[-1].items() if "seconds" not in key}, flush=True)
+            if options.save and not options.tiny:  # after each row: a run that is cut leaves what it has
+                record.write("beam", rows, method=METHOD, folder=options.folder)
         del model
-    if "requests" in only:
-        count = 2 if options.tiny else 100
-        add(measure_requests(*build("8B"), count, 4, int(256 * size), int(256 * size), options))
-    if options.save and not options.tiny:
-        print(record.write("beam", rows, method=METHOD, folder=options.folder))
 
 
 if __name__ == "__main__":

@@ -6,15 +6,17 @@ Beside each row stand the time that the bytes alone would take and what vLLM 0.2
 """
 
 import argparse
+import functools
+import math
 import statistics
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import programs
 import record
 
-import models
 import paxattn as pax
 from models.shapes import CONFIGS
 
@@ -32,7 +34,8 @@ VLLM = {  # (model, rows, prompt): prefill tokens a second, ms a step; vLLM 0.24
     ("135M", 32, 512): (426_094, 2.995),
     ("135M", 128, 512): (439_925, 3.170),
 }
-BUDGET = {"8B": 8192, "1B": 8192, "135M": 8192}  # max_num_batched_tokens
+BUDGET = 8192  # max_num_batched_tokens
+NEW = 128  # steps that are timed
 READ = 3.1e12  # bytes a second that the card reads
 METHOD = """Prefill: prompt tokens / time of the steps that feed them, from a fresh state, host clock around a
 blocking call. Decode: (time of the steps of 129 new tokens - time of the first) / 128. Medians; the samples are
@@ -40,23 +43,33 @@ in seconds. floor_ms: weights and live K/V read once at 3.1 TB/s. vLLM's figures
 the same kind."""
 
 
-def measure(name: str, model, rows: int, prompt: int, new: int, repeats: int, attention: str) -> dict:
-    """One row of the table."""
-    budget = pax.prefill_budget((rows, prompt), BUDGET[name])
-    ids = np.random.default_rng(0).integers(0, model.vocab_size, (rows, prompt)).astype(np.int32)
-    start = jax.jit(
-        lambda ids: pax.start(model, ids, np.full(rows, prompt), max_new_tokens=new + 1, max_model_len=prompt + new + 1)
-    )
+def lower(model, rows: int, prompt: int, new: int, attention: str) -> dict:
+    """How to lower the two programs of a row, from the model's shapes."""
+    budget = pax.prefill_budget((rows, prompt), BUDGET)
+    limits = {"max_new_tokens": new + 1, "max_model_len": prompt + new + 1}
+    start = jax.jit(lambda ids: pax.start(model, ids, np.full(rows, prompt), **limits))
     advance = jax.jit(pax.advance, static_argnames=("budget", "attention"), donate_argnames="state")
+
+    def lower_advance():
+        state = jax.eval_shape(start, programs.ids(rows, prompt))
+        return advance.lower(model, state, budget=budget, steps=programs.number(), attention=attention)
+
+    return {"start": lambda: start.lower(programs.ids(rows, prompt)), "advance": lower_advance}
+
+
+def measure(name: str, model, compiled: dict, rows: int, prompt: int, new: int, repeats: int) -> dict:
+    """One row of the table."""
+    start, advance = (compiled[name, rows, prompt, which] for which in ("start", "advance"))
+    ids = np.random.default_rng(0).integers(0, model.vocab_size, (rows, prompt)).astype(np.int32)
 
     def run(state, steps):
         began = time.perf_counter()
-        state = jax.block_until_ready(advance(model, state, budget=budget, steps=steps, attention=attention))
+        state = jax.block_until_ready(advance(model, state, steps=jnp.int32(steps)))
         return state, time.perf_counter() - began
 
-    prefill_steps = -(-rows * prompt // budget)
+    prefill_steps = -(-rows * prompt // pax.prefill_budget((rows, prompt), BUDGET))
     prefill, decode = [], []
-    for repeat in range(repeats + 1):  # the first compiles
+    for repeat in range(repeats + 1):  # the first warms
         state = jax.block_until_ready(start(jnp.asarray(ids)))
         state, first = run(state, prefill_steps)
         assert int(state.stats.prefill_steps) == prefill_steps
@@ -70,7 +83,7 @@ def measure(name: str, model, rows: int, prompt: int, new: int, repeats: int, at
         del state
     weights = sum(x.nbytes for x in jax.tree.leaves(model))
     cached = rows * (prompt + new // 2) * model.cache_spec.bytes_per_token
-    vllm_prefill, vllm_ms = VLLM[name, rows, prompt]
+    vllm_prefill, vllm_ms = VLLM.get((name, rows, prompt), (math.nan, math.nan))
     return {
         "model": name,
         "rows": rows,
@@ -91,17 +104,24 @@ def main() -> None:
     parser.add_argument("--only", help="one row, like 32x512")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--attention", default="auto")
+    parser.add_argument("--tiny", action="store_true", help="a small model, in seconds on a CPU")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/h100/decode.json")
     options = parser.parse_args()
+    chosen = [(name, rows, prompt) for name, rows, prompt in VLLM if name in options.models.split(",")]
+    chosen = [case for case in chosen if options.only in (None, f"{case[1]}x{case[2]}")]
+    chosen = [("tiny", 2, 32)] if options.tiny else chosen
+    began = time.perf_counter()
+    shapes = {name: programs.model_shapes(CONFIGS[name], "bfloat16") for name, _, _ in chosen}
+    parts = {case: lower(shapes[case[0]], *case[1:], NEW, options.attention) for case in chosen}
+    parts |= {(name,): {"make": functools.partial(programs.lower_maker, CONFIGS[name], "bfloat16")} for name in shapes}
+    compiled = programs.side_by_side({(*case, k): make for case, part in parts.items() for k, make in part.items()})
+    print(f"compiled in {time.perf_counter() - began:.0f} s", flush=True)
     rows = []
-    for name in options.models.split(","):
-        make = jax.jit(lambda key, name=name: models.random_llama(CONFIGS[name], key, "bfloat16"))
-        model = jax.block_until_ready(make(jax.random.key(0)))
-        for which, num_rows, prompt in VLLM:
-            if which != name or options.only not in (None, f"{num_rows}x{prompt}"):
-                continue
+    for name in shapes:
+        model = compiled[name, "make"](jax.random.key(0))
+        for num_rows, prompt in (case[1:] for case in chosen if case[0] == name):
             began = time.perf_counter()
-            row = measure(name, model, num_rows, prompt, 128, options.repeats, options.attention)
+            row = measure(name, model, compiled, num_rows, prompt, NEW, options.repeats)
             rows.append(row)
             ms, vllm_ms = row["ms_per_step"], row["vllm_ms_per_step"]
             rate, vllm_rate = row["prefill_tokens_per_s"], row["vllm_prefill_tokens_per_s"]
@@ -111,9 +131,9 @@ def main() -> None:
                 f"   [{time.perf_counter() - began:.0f} s]",
                 flush=True,
             )
+            if options.save:  # after each row: a run that is cut leaves what it has
+                record.write("decode", rows, method=METHOD, folder="h100")
         del model
-    if options.save:
-        print(record.write("decode", rows, method=METHOD, folder="h100"))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """Paged attention alone on one GPU: decode in GB/s of live K + V, prefill in TFLOP/s, beside FlashInfer's.
 
+    compile   all programs in threads, while the peer builds its kernels in a process of its own (--peer-python)
+    peer      FlashInfer on the same cases, alone on the card (flashinfer_kernels.py)
     decode    8 calls over 8 random page tables, in a loop in one program -> ms a call    kernels.json
     prefill   4 calls in one program                                      -> ms a call    prefill.json
-    peer      the same cases in a PyTorch process (flashinfer_kernels.py), where that can be had: --peer-python
 
-Pools are larger than the cache of the chip, page tables are random, each call reads other pages. The ceiling is a plain
-reduction over 8 GB in the same run.
+Pools are larger than the cache of the chip and each call reads other pages. The ceiling is a plain reduction over 8 GB
+in the same run. A prefill case whose block holds the whole row is the contiguous kernel to compare paging with.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +30,7 @@ HEADS, KV_HEADS, DIM = 32, 8, 128
 DECODE = ((1, 4096), (1, 131072), (8, 1024), (32, 8192), (64, 2048), (256, 1024))
 RAGGED = ((32, 8192), (256, 1024))
 PREFILL = ((1, 16384), (4, 4096), (16, 1024))
-TABLES = 8
+TABLES = {"decode": 8, "ragged": 8, "prefill": 4}
 # Best of FlashInfer and FlashAttention 3 on a card of this kind, an earlier run: block 16, block 128.
 PUBLISHED = {
     "decode 1 x 4096": (848, 859),
@@ -44,81 +46,120 @@ PUBLISHED = {
     "prefill 16 x 1024": (371, 404),
 }
 METHOD = """Host clock around a blocking call, median; decode: (time of many loop iterations - time of one) over the
-calls between them. Bytes: K and V of live tokens. FLOP: 4 D H a visible pair. Peer: FlashInfer in a PyTorch process on
-the same machine where peer_source says so, otherwise the best of FlashInfer and FlashAttention 3 in an earlier run."""
+calls between them. Bytes: K and V of live tokens. FLOP: 4 D H a visible pair. peer: the better of the peer measured in
+this run (peer_measured: FlashInfer 0.6.12 in a PyTorch process on the same card) and of FlashInfer and FlashAttention 3
+in an earlier run on another draw of lengths (peer_published); peer_source says which."""
 
 
-def lengths_of(rows: int, context: int, ragged: bool) -> np.ndarray:
-    """Tokens that each row holds; a ragged draw is the same for every block size and peer."""
-    return np.random.default_rng(rows).integers(1, context + 1, rows) if ragged else np.full(rows, context)
+class Case(NamedTuple):
+    """One row of a result: `rows` rows of `context` tokens (at most, if ragged) in blocks of `block`."""
+
+    kind: str
+    rows: int
+    context: int
+    block: int
+
+    @property
+    def name(self) -> str:
+        """Without the block size."""
+        return f"{self.kind} {self.rows} x {self.context}"
+
+    @property
+    def length(self) -> np.ndarray:
+        """Tokens of each row; a ragged draw is the same for every block size and peer."""
+        if self.kind != "ragged":
+            return np.full(self.rows, self.context)
+        return np.random.default_rng(self.rows).integers(1, self.context + 1, self.rows)
+
+    @property
+    def queries(self) -> int:
+        """Queries a row."""
+        return self.context if self.kind == "prefill" else 1
+
+    @property
+    def loops(self) -> tuple[int, ...]:
+        """How often its programs go over the tables: decode is measured by a difference."""
+        calls = 2e-2 * 2.5e12 / (self.bytes * TABLES[self.kind])  # 20 ms
+        return (1,) if self.kind == "prefill" else (1, 1 + max(2, min(40, int(calls))))
+
+    @property
+    def bytes(self) -> int:
+        """K and V of the live tokens."""
+        return 4 * int(self.length.sum()) * KV_HEADS * DIM
+
+    @property
+    def flop(self) -> int:
+        """Of the visible pairs."""
+        return 4 * DIM * HEADS * self.rows * (self.context * (self.context + 1) // 2)
+
+    def shapes(self, tokens: int) -> tuple:
+        """Of q, k, v, tables, length, query_start."""
+        sds = jax.ShapeDtypeStruct
+        pool = sds((tokens // self.block, KV_HEADS, self.block, DIM), jnp.bfloat16)
+        return (
+            sds((self.rows * self.queries, HEADS, DIM), jnp.bfloat16),
+            pool,
+            pool,
+            sds((TABLES[self.kind], self.rows, -(-self.context // self.block)), jnp.int32),
+            sds((self.rows,), jnp.int32),
+            sds((self.rows + 1,), jnp.int32),
+        )
 
 
-def arrays(rows: int, context: int, block: int, ragged: bool, tables: int):
-    """Page tables, pools, lengths: pools of 1 GB and more."""
-    pages = -(-context // block)
-    blocks = max(rows * pages, (1 << 29) // (KV_HEADS * block * DIM * 2)) + 1
-    rng = np.random.default_rng(0)
-    table = np.stack([rng.permutation(blocks - 1)[: rows * pages].reshape(rows, pages) + 1 for _ in range(tables)])
-    normal = jax.jit(lambda seed: jax.random.normal(jax.random.key(seed), (blocks, KV_HEADS, block, DIM), jnp.bfloat16))
-    return jnp.asarray(table, jnp.int32), normal(1), normal(2), lengths_of(rows, context, ragged)
-
-
-def decode_program(attention, tables, q, k, v, length, start, loops):
+def program(q, k, v, tables, length, start, *, loops: int, attention: str, max_queries: int | None):
     """`loops` times all page tables, each call fed with the last one's result."""
 
     def once(_, q):
         for table in tables:
-            q, _lse = paged_attention(q, k, v, table, length, start, max_queries=1, implementation=attention)
+            q, _lse = paged_attention(q, k, v, table, length, start, max_queries=max_queries, implementation=attention)
         return q
 
     return jax.lax.fori_loop(0, loops, once, q)
 
 
-def decode(case, *, repeats: int, attention: str) -> dict:
-    """One row of kernels.json."""
-    rows, context, block, ragged = case
-    tables, k, v, length = arrays(rows, context, block, ragged, TABLES)
-    q = jax.random.normal(jax.random.key(3), (rows, HEADS, DIM), jnp.bfloat16)
-    given = tables, q, k, v, jnp.asarray(length, jnp.int32), jnp.arange(rows + 1, dtype=jnp.int32)
-    size = 4 * int(length.sum()) * KV_HEADS * DIM
-    many = 1 + max(2, min(40, int(2e-2 * 2.5e12 / (size * TABLES))))
-    programs = [jax.jit(functools.partial(decode_program, attention, loops=n)).lower(*given) for n in (1, many)]
-    with ThreadPoolExecutor(2) as pool:
-        one, more = pool.map(lambda lowered: lowered.compile(), programs)
+def compile_all(cases: list[Case], tokens: int, attention: str) -> dict[Case, list]:
+    """The programs of all cases, compiled side by side."""
+
+    def compiled(case):
+        few = None if case.kind == "prefill" else 1
+        make = functools.partial(program, attention=attention, max_queries=few)
+        return [jax.jit(functools.partial(make, loops=n)).lower(*case.shapes(tokens)).compile() for n in case.loops]
+
+    with ThreadPoolExecutor(16) as pool:
+        return dict(zip(cases, pool.map(compiled, cases), strict=True))
+
+
+def measure(case: Case, programs: list, pools: list, repeats: int) -> dict:
+    """One row of a result: milliseconds, GB/s or TFLOP/s, and the samples in seconds."""
+    shapes = case.shapes(pools[0].size // (KV_HEADS * DIM))
+    rng, (num_tables, rows, pages) = np.random.default_rng(0), shapes[3].shape
+    blocks = shapes[1].shape[0]
+    tables = np.stack([rng.permutation(blocks)[: rows * pages].reshape(rows, pages) for _ in range(num_tables)])
+    given = (
+        jax.random.normal(jax.random.key(3), shapes[0].shape, jnp.bfloat16),
+        *(pool.reshape(shapes[1].shape) for pool in pools),
+        jnp.asarray(tables, jnp.int32),
+        jnp.asarray(case.length, jnp.int32),
+        jnp.arange(case.rows + 1, dtype=jnp.int32) * case.queries,
+    )
 
     def seconds(program):
         began = time.perf_counter()
         jax.block_until_ready(program(*given))
         return time.perf_counter() - began
 
-    seconds(one), seconds(more)
-    samples = [(seconds(more) - seconds(one)) / (TABLES * (many - 1)) for _ in range(repeats)]
+    def sample():
+        if len(programs) == 1:
+            return seconds(programs[0]) / (num_tables * case.loops[0])
+        return (seconds(programs[1]) - seconds(programs[0])) / (num_tables * (case.loops[1] - case.loops[0]))
+
+    for one in programs:
+        seconds(one)
+    samples = [sample() for _ in range(repeats)]
     took = statistics.median(samples)
-    return {"ms": 1e3 * took, "gb_per_s": size / took / 1e9, "samples": samples}
-
-
-def prefill(case, *, repeats: int, attention: str) -> dict:
-    """One row of prefill.json."""
-    rows, tokens, block = case
-    tables, k, v, length = arrays(rows, tokens, block, ragged=False, tables=4)
-    q = jax.random.normal(jax.random.key(3), (rows * tokens, HEADS, DIM), jnp.bfloat16)
-
-    @jax.jit
-    def program(q, k, v, tables, length, start):
-        for table in tables:
-            q, _ = paged_attention(q, k, v, table, length, start, implementation=attention)
-        return q
-
-    given = q, k, v, tables, jnp.asarray(length, jnp.int32), jnp.arange(rows + 1, dtype=jnp.int32) * tokens
-    jax.block_until_ready(program(*given))
-    samples = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        jax.block_until_ready(program(*given))
-        samples.append((time.perf_counter() - began) / len(tables))
-    took = statistics.median(samples)
-    flop = 4 * DIM * HEADS * rows * (tokens * (tokens + 1) // 2)
-    return {"ms": 1e3 * took, "tflop_per_s": flop / took / 1e12, "samples": samples}
+    prefill = case.kind == "prefill"
+    speed = {"tflop_per_s": case.flop / took / 1e12} if prefill else {"gb_per_s": case.bytes / took / 1e9}
+    return {"ms": 1e3 * took, **speed, "samples": samples}
 
 
 def ceiling(size: int) -> float:
@@ -138,16 +179,42 @@ def ceiling(size: int) -> float:
     return x.nbytes / statistics.median((seconds(9) - seconds(1)) / 8 for _ in range(5)) / 1e9
 
 
-def peer_figures(python: str | None, cases: list) -> dict[str, float]:
-    """GB/s or TFLOP/s of FlashInfer by case and block, from a process of its own; empty where it cannot run."""
+def start_peer(python: str | None, cases: list[Case]) -> subprocess.Popen | None:
+    """FlashInfer in a process of its own, which builds its kernels and then waits for a word."""
     if python is None:
-        return {}
+        return None
     script = Path(__file__).with_name("flashinfer_kernels.py")
-    done = subprocess.run([python, script, json.dumps(cases)], capture_output=True, text=True, check=False)
-    if done.returncode:
-        print("no peer in this run:", done.stderr[-500:])
+    return subprocess.Popen(
+        [python, script, json.dumps(cases)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+
+
+def peer_figures(peer: subprocess.Popen | None) -> dict[str, float]:
+    """GB/s or TFLOP/s by case and block; empty where the peer cannot run."""
+    if peer is None:
         return {}
-    return json.loads(done.stdout.splitlines()[-1])
+    out, _ = peer.communicate("go\n")
+    if peer.returncode:
+        print("no peer in this run: see above")
+        return {}
+    return json.loads(out.splitlines()[-1])
+
+
+def row_of(case: Case, figures: dict, measured: float | None, top: float) -> tuple[str, dict]:
+    """The result that a row belongs to, and the row."""
+    published = dict(zip((16, 128), PUBLISHED.get(case.name, ()), strict=False)).get(case.block)
+    best = max((x for x in (measured, published) if x), default=None)
+    peers = {
+        "peer_source": None if best is None else "this run" if best == measured else "earlier run",
+        "peer_measured": measured,
+        "peer_published": published,
+    }
+    if case.kind == "prefill":
+        row = {"rows": case.rows, "tokens": case.context, "block_size": case.block, **figures}
+        return "prefill", row | {"contiguous": case.block == case.context, "peer_tflop_per_s": best, **peers}
+    row = {"case": case.name, "rows": case.rows, "context": case.context, "ragged": case.kind == "ragged"}
+    row |= {"block_size": case.block, **figures, "ceiling_gb_per_s": top}
+    return "kernels", row | {"peer": "best of FlashInfer and FlashAttention 3", "peer_gb_per_s": best, **peers}
 
 
 def main() -> None:
@@ -155,39 +222,36 @@ def main() -> None:
     parser.add_argument("--peer-python", help="interpreter with PyTorch and FlashInfer")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--attention", default="auto")
+    parser.add_argument("--only", help="cases whose name contains this")
     parser.add_argument("--tiny", action="store_true", help="small cases, to try the script")
     parser.add_argument(
         "--save", action="store_true", help="write kernels.json and prefill.json of benchmarks/results/h100"
     )
     options = parser.parse_args()
-    run = {"repeats": options.repeats, "attention": options.attention}
-    kinds = [("decode", r, c, b) for r, c in DECODE for b in (8, 16, 128)]
-    kinds += [("ragged", r, c, b) for r, c in RAGGED for b in (16, 128)]
-    kinds += [("prefill", r, c, b) for r, c in PREFILL for b in (16, 128)]
+    cases = [Case("decode", *shape, block) for shape in DECODE for block in (8, 16, 128)]
+    cases += [Case("ragged", *shape, block) for shape in RAGGED for block in (16, 128)]
+    cases += [Case("prefill", *shape, block) for shape in PREFILL for block in (16, 128, shape[1])]
     if options.tiny:
-        kinds = [("decode", 2, 64, 16), ("ragged", 2, 64, 16), ("prefill", 2, 48, 16)]
-    peers = peer_figures(options.peer_python, kinds)
+        cases = [Case("decode", 2, 64, 16), Case("ragged", 2, 64, 16), Case("prefill", 2, 48, 16)]
+    cases = [case for case in cases if (options.only or "") in case.name]
+    tokens = 768 if options.tiny else (1 << 18) + (1 << 14)  # of a pool
+    peer = start_peer(options.peer_python, [case for case in cases if case.block in (16, 128)])
+    programs = compile_all(cases, tokens, options.attention)
+    peers = peer_figures(peer)
     top = ceiling(1 << (22 if options.tiny else 33))
     print(f"read ceiling {top:.0f} GB/s")
+    normal = jax.jit(lambda key: jax.random.normal(key, (tokens * KV_HEADS * DIM,), jnp.bfloat16))
+    pools = [normal(jax.random.key(seed)) for seed in (1, 2)]
     results = {"kernels": [], "prefill": []}
-    for kind, rows, context, block in kinds:
-        name = f"{kind} {rows} x {context}"
-        published = dict(zip((16, 128), PUBLISHED.get(name, ()), strict=False)).get(block)
-        measured = peers.get(f"{name} block {block}")
-        source = "this run" if measured else "earlier run"
-        if kind == "prefill":
-            row = {"rows": rows, "tokens": context, "block_size": block}
-            row |= prefill((rows, context, block), **run) | {"peer_tflop_per_s": measured or published}
-            ours, best = row["tflop_per_s"], row["peer_tflop_per_s"]
-        else:
-            row = {"case": name, "rows": rows, "context": context, "ragged": kind == "ragged", "block_size": block}
-            row |= decode((rows, context, block, kind == "ragged"), **run)
-            row |= {"ceiling_gb_per_s": top, "peer": "FlashInfer", "peer_gb_per_s": measured or published}
-            ours, best = row["gb_per_s"], row["peer_gb_per_s"]
-        row |= {"peer_source": source, "peer_published": published}
-        results["prefill" if kind == "prefill" else "kernels"].append(row)
+    for case in cases:
+        figures = measure(case, programs.pop(case), pools, options.repeats)
+        which, row = row_of(case, figures, peers.get(f"{case.name} block {case.block}"), top)
+        results[which].append(row)
+        ours = row["tflop_per_s"] if which == "prefill" else row["gb_per_s"]
+        best = row["peer_tflop_per_s"] if which == "prefill" else row["peer_gb_per_s"]
         print(
-            f"{name:20} block {block:3}  {row['ms']:8.4f} ms  {ours:7.1f}  peer {best}  published {published}",
+            f"{case.name:20} block {case.block:5}  {row['ms']:8.4f} ms  {ours:7.1f}  "
+            + (f"{ours / best:.3f} of {best:.0f} ({row['peer_source']}; {row['peer_measured']})" if best else ""),
             flush=True,
         )
     if options.save:

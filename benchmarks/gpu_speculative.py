@@ -16,9 +16,9 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+import programs
 import record
 
-import models
 import paxattn as pax
 from models.shapes import CONFIGS
 from paxattn.decoding.speculative import advance, begin
@@ -54,8 +54,27 @@ class Oracle:
         return carry
 
 
-plainly = jax.jit(pax.advance, static_argnames="budget", donate_argnames="state")
-speculatively = jax.jit(advance, static_argnames=("k", "budget"), donate_argnames="state")
+def lower(model, rows: int, prompt: int, ks: list[int]) -> dict:
+    """How to lower the programs of one number of rows, from the model's shapes."""
+    budget, width = pax.prefill_budget((rows, prompt), 8192), prompt + NEW + 1
+    start = jax.jit(
+        lambda ids: pax.start(model, ids, np.full(rows, prompt), max_new_tokens=NEW + 1, max_model_len=width)
+    )
+    plain = jax.jit(functools.partial(pax.advance, budget=budget), donate_argnums=1)
+    state = functools.partial(jax.eval_shape, start, programs.ids(rows, prompt))
+    blank = jax.ShapeDtypeStruct((rows, width), jnp.int32)
+    oracle = Oracle(blank, jax.ShapeDtypeStruct((rows, width), jnp.bool_))
+
+    def lower_verify(k):
+        verify = jax.jit(functools.partial(advance, k=k, budget=budget), donate_argnums=2)
+        begun = jax.eval_shape(functools.partial(begin, k=k), oracle, state())
+        return verify.lower(model, oracle, begun)
+
+    return {
+        "start": lambda: start.lower(programs.ids(rows, prompt)),
+        "plain": lambda: plain.lower(model, state(), steps=programs.number()),
+        **{k: functools.partial(lower_verify, k) for k in ks},
+    }
 
 
 def timed(run, fresh, repeats: int):
@@ -69,31 +88,26 @@ def timed(run, fresh, repeats: int):
     return state, samples[1:]
 
 
-def measure(model, rows: int, prompt: int, ks: list[int], chances: list[float], repeats: int) -> list[dict]:
+def measure(model, compiled: dict, rows: int, prompt: int, ks: list[int], chances: list[float], repeats: int) -> list:
     """All figures of one number of rows."""
     ids = np.random.default_rng(0).integers(0, model.vocab_size, (rows, prompt)).astype(np.int32)
-    budget = pax.prefill_budget(ids.shape, 8192)
-    steps = -(-rows * prompt // budget)
+    steps = jnp.int32(-(-rows * prompt // pax.prefill_budget(ids.shape, 8192)))
     width = prompt + NEW + 1
 
-    @jax.jit
-    def start(ids):
-        return pax.start(model, ids, np.full(rows, prompt), max_new_tokens=NEW + 1, max_model_len=width)
-
     def prefilled():
-        return plainly(model, start(jnp.asarray(ids)), budget=budget, steps=steps)
+        return compiled["plain"](model, compiled["start"](jnp.asarray(ids)), steps=steps)
 
     def line(case, samples, **facts):
         print(case, {name: round(x, 3) for name, x in facts.items()}, flush=True)
         return {"case": case, "rows": rows, "prompt": prompt, **facts, "seconds": samples}
 
-    _, samples = timed(lambda s: plainly(model, s, budget=budget), prefilled, repeats)
+    _, samples = timed(lambda s: compiled["plain"](model, s, steps=jnp.int32(2**30)), prefilled, repeats)
     decode = 1e3 * statistics.median(samples) / NEW
     lines = [line(f"{rows} rows, decode", samples, ms_per_step=decode, tokens_per_s=1e3 * rows / decode)]
     for k in ks:
 
         def run(drafter, repeats, k=k):
-            turn = functools.partial(speculatively, model, drafter, k=k, budget=budget)
+            turn = functools.partial(compiled[k], model, drafter)
             return timed(turn, lambda: begin(drafter, prefilled(), k=k), repeats)
 
         blank = jnp.zeros((rows, width), jnp.int32)
@@ -142,11 +156,17 @@ def main() -> None:
     config, dtype = CONFIGS[options.model], "bfloat16"
     if options.tiny:
         config, dtype = dataclasses.replace(CONFIGS["135M"], num_hidden_layers=2, vocab_size=999), "float32"
-    make = jax.jit(lambda key: models.random_llama(config, key, dtype))
-    model = jax.block_until_ready(make(jax.random.key(0)))
+    shapes, ks = programs.model_shapes(config, dtype), list(map(int, options.k.split(",")))
+    makes = {"make": functools.partial(programs.lower_maker, config, dtype)}
+    counts = list(map(int, options.rows.split(",")))
+    for rows in counts:
+        makes |= {(rows, part): make for part, make in lower(shapes, rows, options.prompt, ks).items()}
+    compiled = programs.side_by_side(makes)
+    model = compiled["make"](jax.random.key(0))
     lines = []
-    for rows in map(int, options.rows.split(",")):
-        lines += measure(model, rows, options.prompt, list(map(int, options.k.split(","))), [0.6, 0.8], options.repeats)
+    for rows in counts:
+        parts = {key[1]: program for key, program in compiled.items() if key[0] == rows}
+        lines += measure(model, parts, rows, options.prompt, ks, [0.6, 0.8], options.repeats)
     name = "tiny" if options.tiny else options.model
     folder = "h100" if "H100" in jax.devices()[0].device_kind else None
     about = [{"model": name, **line} for line in lines]

@@ -53,7 +53,9 @@ def versions(peers: dict[str, str] | None = None) -> dict:
 
 
 def commit() -> dict:
-    """The commit measured, and whether tracked files differ from it."""
+    """The commit measured, and whether tracked files differ from it; PAXATTN_COMMIT names it for a bare copy."""
+    if told := os.environ.get("PAXATTN_COMMIT"):
+        return {"commit": told, "dirty": False}
     return {"commit": _git("rev-parse", "HEAD"), "dirty": bool(_git("status", "--porcelain", "-uno"))}
 
 

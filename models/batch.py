@@ -103,6 +103,10 @@ class Batch:
         counted = {f.name: int(most.get(f.name, np.sum)(getattr(stats, f.name))) for f in dataclasses.fields(stats)}
         widest = max(len(p) for p in self.prompts) + self.max_new_tokens
         guessed = {"speculation": rows_of(state.tally)} if isinstance(state, pax.Speculation) else {}
+        if isinstance(state, pax.State) and state.trace is not None:  # a line a step: paxattn.sharing.COLUMNS
+            trace = np.asarray(state.trace)  # of each data shard on a mesh
+            trace = trace.reshape(-1, *trace.shape[-2:]).sum(axis=0)
+            guessed["sharing_steps"] = trace[: counted["steps"]].tolist()
         return {
             **counted,
             **guessed,

@@ -1,7 +1,7 @@
-"""The parts of a Llama layer that hold no state: normalisation, rotary position embedding, sums over a mesh.
+"""The parts of a Llama layer that hold no state: normalisation, rotary angles, sums over a mesh.
 
-rope: a head [x1 | x2] is turned by the angle position * frequency[i]:
-      [x1 cos - x2 sin | x2 cos + x1 sin]        (halves, as Hugging Face stores them)
+x ---> + ---> x' --> norm --> attention or MLP --> the next delta
+delta -^                                           rope: angle of pair i = position * frequency[i]
 """
 
 import math
@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from models.config import LlamaConfig
+from pallas_kernels import add_norm as kernel
+from pallas_kernels import mosaic
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
@@ -17,6 +19,16 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     wide = x.astype(jnp.float32)
     mean = jnp.einsum("te,te->t", wide, wide)[:, None] / x.shape[-1]
     return (wide * jax.lax.rsqrt(mean + eps)).astype(x.dtype) * weight
+
+
+def add_norm(
+    x: jax.Array, delta: jax.Array, weight: jax.Array, eps: float, *, attention: str
+) -> tuple[jax.Array, jax.Array]:
+    """The sum of x and delta, and its norm: one kernel where the attention named has kernels."""
+    if mosaic.chosen(attention) and kernel.fits(x, weight):
+        return kernel.add_norm(x, delta, weight, eps=eps)
+    x = x + delta
+    return x, rms_norm(x, weight, eps)
 
 
 def rope_frequencies(config: LlamaConfig) -> jax.Array:
@@ -38,13 +50,6 @@ def rope_angles(config: LlamaConfig, position: jax.Array) -> tuple[jax.Array, ja
     """Cosine and sine, float32 [T, 1, D / 2], of the tokens' positions [T]; once a step, for all layers."""
     angle = position.astype(jnp.float32)[:, None, None] * rope_frequencies(config)
     return jnp.cos(angle), jnp.sin(angle)
-
-
-def apply_rope(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Turns heads [T, n, D] by their tokens' angles (Su et al. 2021)."""
-    cos, sin = angles
-    low, high = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1).astype(x.dtype)
 
 
 def total(x: jax.Array, axis: str | None) -> jax.Array:

@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding
 import paxattn as pax
 from models import sharding
 from models.config import LlamaConfig
-from models.layers import apply_rope, lookup, rms_norm, rope_angles, total
+from models.layers import add_norm, lookup, rms_norm, rope_angles, total
 from paxattn.decoding.vocabulary import Scores, Slice
 
 Init = Callable[[str, tuple[int, ...]], jax.Array]
@@ -52,12 +52,12 @@ class Layer(nnx.Module):
             self.gate_up_bias = nnx.Param(init("gate_up_bias", (2, mlp)))
             self.down_bias = nnx.Param(init("down_bias", (embed,)))
 
-    def __call__(self, x: jax.Array, angles, plan: pax.Plan, kv: pax.KV) -> tuple[jax.Array, pax.KV]:
-        """X [T, E] -> x [T, E] and the layer's pools."""
-        config = self.config
-        attended, kv = self._attention(rms_norm(x, self.attention_norm[...], config.rms_norm_eps), angles, plan, kv)
-        x = x + attended
-        return x + self._mlp(rms_norm(x, self.mlp_norm[...], config.rms_norm_eps)), kv
+    def __call__(self, x: jax.Array, normed: jax.Array, following: jax.Array, angles, plan: pax.Plan, kv: pax.KV):
+        """X [T, E] and its norm -> both after the layer, by the `following` norm's weight, and its pools."""
+        eps, name = self.config.rms_norm_eps, plan.attention
+        attended, kv = self._attention(normed, angles, plan, kv)
+        x, normed = add_norm(x, attended, self.mlp_norm[...], eps, attention=name)
+        return *add_norm(x, self._mlp(normed), following, eps, attention=name), kv
 
     def _attention(self, x, angles, plan, kv):
         config = self.config
@@ -66,9 +66,7 @@ class Layer(nnx.Module):
             qkv = qkv + self.qkv_bias[...]
         q = qkv[:, :, :-2].reshape(x.shape[0], config.num_attention_heads, config.head_dim)
         k, v = qkv[:, :, -2], qkv[:, :, -1]
-        out, kv = pax.attend(
-            apply_rope(q, angles), apply_rope(k, angles), v, kv, plan, sliding_window=config.sliding_window
-        )
+        out, kv = pax.attend(q, k, v, kv, plan, angles=angles, sliding_window=config.sliding_window)
         out = total(out.reshape(x.shape[0], -1) @ self.out[...], self.axis)
         return (out + self.out_bias[...] if config.attention_bias else out), kv
 
@@ -78,6 +76,12 @@ class Layer(nnx.Module):
             gate_up = gate_up + self.gate_up_bias[...]
         out = total((jax.nn.silu(gate_up[:, 0]) * gate_up[:, 1]) @ self.down[...], self.axis)
         return out + self.down_bias[...] if self.config.mlp_bias else out
+
+
+@jax.jit
+def _run(layer: Layer, *given) -> tuple[jax.Array, jax.Array, pax.KV]:
+    """One layer, traced once for all of a model's; XLA puts each call's body in its place."""
+    return layer(*given)
 
 
 class Llama(nnx.Module):
@@ -133,21 +137,21 @@ class Llama(nnx.Module):
     def cache_spec(self) -> pax.CacheSpec:
         """The cache has the parameters' dtype."""
         config = self.config
-        return pax.CacheSpec(
-            config.num_hidden_layers, config.num_key_value_heads, config.head_dim, self.embed[...].dtype
-        )
+        return pax.CacheSpec(config.num_hidden_layers, config.num_key_value_heads, config.head_dim, self.embed.dtype)
 
     def __call__(
         self, tokens: jax.Array, plan: pax.Plan, layers: tuple[pax.KV, ...]
     ) -> tuple[jax.Array, tuple[pax.KV, ...]]:
         """Tokens int32 [T] -> hidden [T, E], normed, and the pools with the tokens' keys and values."""
         x = lookup(self.embed[...], tokens, self.axis)
+        norms = iter([*(layer.attention_norm[...] for layer in self.layers), self.norm[...]])
+        normed = rms_norm(x, next(norms), self.config.rms_norm_eps)
         angles = rope_angles(self.config, plan.position)
         pools = []
         for layer, kv in zip(self.layers, layers, strict=True):
-            x, kv = layer(x, angles, plan, kv)
+            x, normed, kv = _run(layer, x, normed, next(norms), angles, plan, kv)
             pools.append(kv)
-        return rms_norm(x, self.norm[...], self.config.rms_norm_eps), tuple(pools)
+        return normed, tuple(pools)
 
     def logits(self, hidden: jax.Array) -> Scores:
         """Hidden [n, E] -> float32 [n, V], or on a mesh this device's slice of it."""

@@ -267,6 +267,8 @@ class LM:
                 "num_blocks": size if num_blocks is None else num_blocks,
                 "eos_token_id": eos,
             }
+            if group > 1:
+                sizes["trace"] = -(-lanes.hand * width // budget) + new
             if search:
                 begun = over(beam.begin, self.mesh)(*given, **search, **sizes)
                 yield from beams.drive(self.model, begun, batch, num_return_sequences, budget, attention, steps, lanes)

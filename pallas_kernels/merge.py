@@ -6,6 +6,8 @@
 Only the items that a border splits are touched; they are written in place among the whole ones.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -15,6 +17,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 LOW = -1e30
 """Where a running maximum starts: finite, so that a run without a visible key gives exp(-inf - LOW) = 0."""
 
+AHEAD = 4
+"""Partial results that are read at once."""
+
 
 def merge(whole, partial, share: jax.Array, *, used: int, interpret=None) -> tuple[jax.Array, jax.Array]:
     """Completes `whole` with the split items.
@@ -22,7 +27,7 @@ def merge(whole, partial, share: jax.Array, *, used: int, interpret=None) -> tup
     Args:
       whole: out [n, K, rows, D] and lse [n, K, 8 or more], of which split items hold anything.
       partial: out [2 * workers, 2, rows, D], high and low half, and lse [2 * workers, 8 or more].
-      share: of the schedule, [workers + 1, 2].
+      share: of the schedule, [workers + 1, 3].
       used: rows that count.
       interpret: see `plgpu.kernel`.
     """
@@ -37,37 +42,38 @@ def merge(whole, partial, share: jax.Array, *, used: int, interpret=None) -> tup
     def body(out_ref, lse_ref, part_ref, part_lse_ref, share_ref):
         border, block = lax.axis_index("border"), lax.axis_index("block")
         first, skip = share_ref[border, 0], share_ref[border, 1]
-        item, rest = share_ref[border + 1, 0], share_ref[border + 1, 1]
+        item, rest, splits = (share_ref[border + 1, i] for i in range(3))
 
         def spread(scalars):
             lane = plgpu.broadcasted_iota(jnp.int32, (chunk,), 0, layout=layout)
             return scalars[0] if per == 1 else jnp.where(lane < head_dim, scalars[0], scalars[1])
 
-        def weigh(row):
-            def add(slot, carry):
-                acc, high, total = carry
-                value = jnp.zeros((), jnp.float32)
-                for half in range(2):
-                    ref = part_ref.at[slot, half, pl.ds(row * head_dim, chunk)]
-                    value += plgpu.load(ref, layout=layout, optimized=False).astype(jnp.float32)
-                mine = [part_lse_ref[slot, row + r] for r in range(per)]
-                new = [jnp.maximum(a, b) for a, b in zip(high, mine, strict=True)]
-                shrink = [jnp.exp(a - b) for a, b in zip(high, new, strict=True)]
-                weight = [jnp.exp(a - b) for a, b in zip(mine, new, strict=True)]
-                total = [t * s + w for t, s, w in zip(total, shrink, weight, strict=True)]
-                return acc * spread(shrink) + value * spread(weight), tuple(new), tuple(total)
+        def part_of(i, row):
+            """Slot of the item's i-th partial result, and its log-sum-exp; past the last: the first, at weight 0."""
+            slot = jnp.where((i == 0) | (i > splits), 2 * border + jnp.minimum(item - first, 1), 2 * (border + i))
+            return slot, [jnp.where(i <= splits, part_lse_ref[slot, row + r], -jnp.inf) for r in range(per)]
 
-            def goes_on(state):
-                worker, _ = state
-                inside = (share_ref[worker, 0] == item) & (share_ref[worker, 1] > 0)
-                return (worker < workers) & inside
+        def value_of(slot, row):
+            halves = [part_ref.at[slot, half, pl.ds(row * head_dim, chunk)] for half in range(2)]
+            high, low = (plgpu.load(x, layout=layout, optimized=False).astype(jnp.float32) for x in halves)
+            return high + low
+
+        def weigh(row):
+            def some_parts(step, carry):  # AHEAD at once, so that their loads wait for memory together
+                acc, high, total = carry
+                slots, lses = zip(*(part_of(step * AHEAD + i, row) for i in range(AHEAD)), strict=True)
+                values = [value_of(slot, row) for slot in slots]
+                new = [functools.reduce(jnp.maximum, column) for column in zip(high, *lses, strict=True)]
+                shrink = [jnp.exp(a - b) for a, b in zip(high, new, strict=True)]
+                acc, total = acc * spread(shrink), [t * s for t, s in zip(total, shrink, strict=True)]
+                for value, lse in zip(values, lses, strict=True):
+                    weight = [jnp.exp(a - b) for a, b in zip(lse, new, strict=True)]
+                    acc, total = acc + value * spread(weight), [t + w for t, w in zip(total, weight, strict=True)]
+                return acc, tuple(new), tuple(total)
 
             start = plgpu.layout_cast(jnp.zeros((chunk,), jnp.float32), layout)
             carry = start, (jnp.float32(LOW),) * per, (jnp.float32(0),) * per
-            carry = add(2 * border + jnp.minimum(item - first, 1), carry)
-            _, (acc, high, total) = lax.while_loop(
-                goes_on, lambda s: (s[0] + 1, add(2 * s[0], s[1])), (border + 1, carry)
-            )
+            acc, high, total = lax.fori_loop(0, lax.div(splits, jnp.int32(AHEAD)) + 1, some_parts, carry)
             some = [t != 0 for t in total]
             safe = [jnp.where(s, t, 1.0) for s, t in zip(some, total, strict=True)]
             tile, head = lax.div(item, jnp.int32(kv_heads)), lax.rem(item, jnp.int32(kv_heads))

@@ -32,6 +32,11 @@ def on_hopper() -> bool:
     return jax.default_backend() == "gpu" and str(jax.devices()[0].compute_capability).startswith("9.")
 
 
+def chosen(implementation: str) -> bool:
+    """Whether the small kernels around an attention of this name are to run, where they fit."""
+    return implementation in ("auto", "mosaic") and on_hopper()
+
+
 def paged_attention(q, k_pool, *others, **options) -> tuple[jax.Array, jax.Array]:
     """See `pallas_kernels.paged_attention`.
 

@@ -20,7 +20,7 @@ class Schedule(NamedTuple):
     """The KV tiles of all items, dealt to workers."""
 
     tile: jax.Array  # int32 [n, 5]: row, first KV tile, number of KV tiles, first and last query position
-    share: jax.Array  # int32 [workers + 1, 2]: item and KV tile in it where each worker begins
+    share: jax.Array  # int32 [workers + 1, 3]: item and KV tile in it where each worker begins, borders inside the item
 
 
 def schedule(tiles: QueryTiles, *, kv_tile: int, kv_heads: int, workers: int, sliding_window: int | None) -> Schedule:
@@ -43,5 +43,6 @@ def schedule(tiles: QueryTiles, *, kv_tile: int, kv_heads: int, workers: int, sl
     inside = jnp.minimum(tile, count.shape[0] - 1)
     rest = jnp.where(at < end[-1], at - (end - count * kv_heads)[inside], 0)
     head = rest // count[inside]
-    share = jnp.stack([tile * kv_heads + head, rest - head * count[inside]], axis=1)
-    return Schedule(info, share)
+    item, skip = tile * kv_heads + head, rest - head * count[inside]
+    borders = jnp.sum((item == item[:, None]) & (skip > 0), axis=1, dtype=jnp.int32)
+    return Schedule(info, jnp.stack([item, skip, borders], axis=1))

@@ -14,6 +14,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import copy_blocks, mosaic
 from paxattn.blocks import NULL
 from paxattn.pages import Copies, PageTable, append, locate
 from paxattn.status import Status
@@ -118,7 +119,7 @@ def extend(
     over = jnp.sum(count) > budget
     table, copies, status = append(cache.table, jnp.where(over, 0, count))
     status = jnp.where(over, jnp.int32(Status.OVER_BUDGET), status)
-    layers = _copy_blocks(cache.layers, copies) if shared else cache.layers
+    layers = _copy_blocks(cache.layers, copies, attention) if shared else cache.layers
     if max_queries is None and budget == count.size:
         max_queries = 1
     plan = _plan(table, jnp.where(status == Status.OK, count, 0), copies, budget)
@@ -136,8 +137,12 @@ def _plan(table: PageTable, count: Int32[Array, "B"], copies: Copies, budget: in
     return Plan(row, jnp.maximum(position, 0), block, slot, query_start, table.pages, table.length, copies)
 
 
-def _copy_blocks(layers: tuple[KV, ...], copies: Copies) -> tuple[KV, ...]:
+def _copy_blocks(layers: tuple[KV, ...], copies: Copies, attention: str) -> tuple[KV, ...]:
     """Applies copy-on-write to all pools; a step without a shared tail touches none of them."""
+    pools, structure = jax.tree.flatten(layers)
+    if mosaic.chosen(attention) and copy_blocks.fits(pools):
+        pools = copy_blocks.copy_blocks(pools, copies.source, copies.target, null=NULL)
+        return jax.tree.unflatten(structure, pools)
 
     def copy(layers):
         return jax.tree.map(lambda pool: _put(pool, copies.target, pool[copies.source]), layers)

@@ -5,6 +5,8 @@
                             unshared  4 blocks without sharing: a block a cell
                             saving    1/4
 
+A trace has a line a step: int32 [steps, 4], the columns of `COLUMNS`, written in place.
+
 The metric of Kwon et al. 2023, section 6.3: blocks saved by sharing / blocks without sharing.
 """
 
@@ -12,6 +14,9 @@ import jax.numpy as jnp
 
 from paxattn.pages import PageTable
 from paxattn.typing import Array, Float32, Int32, struct
+
+COLUMNS = ("held", "shared", "unshared", "copied")
+"""Blocks of a step: those of a `Sharing`, and those that copy-on-write copied."""
 
 
 @struct
@@ -35,3 +40,8 @@ def sharing(table: PageTable) -> Sharing:
         jnp.sum(table.blocks.refcount > 1, dtype=jnp.int32),
         jnp.sum(table.pages_for(table.length), dtype=jnp.int32),
     )
+
+
+def record(trace: Int32[Array, "steps 4"], step: Int32[Array, ""], now: Sharing, copied: Int32[Array, ""]):
+    """The trace with line `step`; a step past its end is not recorded."""
+    return trace.at[step].set(jnp.stack([now.held, now.shared, now.unshared, copied]), mode="drop")

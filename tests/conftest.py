@@ -4,8 +4,13 @@ import gc
 import os
 from pathlib import Path
 
-# Tests compile far more than they compute: a third less to wait for. Set before JAX is, and for the command line too.
+from tests.paths import CACHE
+
+# Tests compile far more than they compute: cheaper code, and no program twice, in whichever process it is wanted.
+# Set before JAX is, and for the command line too.
 os.environ.setdefault("XLA_FLAGS", "--xla_llvm_disable_expensive_passes=true")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 import jax
 import pytest

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from tests.paths import ROOT
+from tests.paths import CACHE, ROOT
 
 PAGES, GENERATE = "tests/paxattn/test_pages.py", "tests/paxattn/test_generate.py"
 SERVING, ENGINE = "tests/paxattn/test_serving.py", "tests/paxattn/test_engine.py"
@@ -24,6 +24,7 @@ BEAM, FAN_OUT = "tests/paxattn/test_beam.py", "tests/paxattn/test_fan_out.py"
 ATTENTION, SAMPLING = "tests/pallas_kernels/test_paged_attention.py", "tests/paxattn/test_sampling.py"
 
 SPECULATIVE = "tests/paxattn/test_speculative.py"
+SMALL = "tests/pallas_kernels/test_small_kernels.py"
 VERDICT = "tests/paxattn/test_speculative_sampling.py"
 MESH = "tests/models/test_mesh.py::test_on_eight_devices[{}]"
 
@@ -129,6 +130,14 @@ MUTANTS = (
     Mutant("mesh: repeated heads of a file out of order", "models/load.py", "np.repeat(k, times, axis=0)", "np.concatenate([k] * times)", MESH.format("files")),
     Mutant("mesh: keys follow the hand", "paxattn/mesh.py", "(key, jnp.arange(count))", "(key, jnp.arange(count) // 2)", MESH.format("sampling (2, 4)")),
     Mutant("mesh: answers in the order of the hands", "paxattn/mesh.py", "*x.shape[2:]).swapaxes(0, 1)", "*x.shape[2:])", MESH.format("generate (2, 4)")),
+    Mutant("an idle token's key is written", "pallas_kernels/rope.py", "live = token < query_start_ref[query_start.size - 1]", "live = token >= 0", SMALL),
+    Mutant("a key is written without its turn", "pallas_kernels/rope.py", "k_pool[block, kv_head, slot, :] = apply_rope(qkv[token, kv_head, group, :], angles)", "k_pool[block, kv_head, slot, :] = qkv[token, kv_head, group, :]", SMALL),
+    Mutant("a norm over the filled-up row", "pallas_kernels/add_norm.py", "jnp.sum(wide * wide) / embed", "jnp.sum(wide * wide) / width", SMALL),
+    Mutant("the norm of x alone", "pallas_kernels/add_norm.py", "wide = total.astype(jnp.float32)", "wide = load(x_ref, token).astype(jnp.float32)", SMALL),
+    Mutant("a copy to NULL", "pallas_kernels/copy_blocks.py", "@pl.when(there != null)", "@pl.when(there >= null)", SMALL),
+    Mutant("the last pools are not copied", "pallas_kernels/copy_blocks.py", "for i in range(0, len(pool_refs), AT_ONCE)", "for i in range(0, AT_ONCE, AT_ONCE)", SMALL),
+    Mutant("asked for xla, small kernels run", "pallas_kernels/mosaic.py", 'return implementation in ("auto", "mosaic") and on_hopper()', "return on_hopper()", SMALL),
+    Mutant("angles are forgotten", "paxattn/attention.py", "if angles is None:", "if True:", SMALL),
 )  # fmt: skip
 
 
@@ -154,7 +163,7 @@ def caught(mutant: Mutant) -> tuple[bool, str]:
                 cwd=tree,
                 capture_output=True,
                 text=True,
-                env={**os.environ, "PYTHONPATH": scratch},
+                env={"JAX_COMPILATION_CACHE_DIR": str(CACHE), **os.environ, "PYTHONPATH": scratch},
                 timeout=PATIENCE,
             )
         except subprocess.TimeoutExpired:

@@ -41,6 +41,7 @@ class Beams:
     status: Int32[Array, ""]
     stats: Stats
     cache: Cache
+    trace: Int32[Array, "steps 4"] | None = None  # of sharing, where it was asked for: see `paxattn.sharing`
 
 
 def beam_search(
@@ -71,7 +72,7 @@ def beam_search(
         to end now, beats none of them; "never" when no live beam can. Static.
       max_num_batched_tokens: tokens a prefill step feeds at most. Static.
       attention: implementation of paged attention, by name.
-      **options: block_size, num_blocks, max_model_len and eos_token_id, as in `generate`.
+      **options: block_size, num_blocks, max_model_len, eos_token_id and trace, as in `generate`.
 
     Returns:
       `Beams`. When blocks run out its status says so, and the hypotheses that had ended are whole.
@@ -110,6 +111,7 @@ def begin(
     block_size: int = 16,
     num_blocks: int | None = None,
     eos_token_id: int | Sequence[int] | Int32[Array, "eos"] = (),
+    trace: int = 0,
 ) -> Search:
     """A search whose prompts are not fed yet; arguments as in `beam_search` and `generate`."""
     if not (isinstance(early_stopping, bool) or early_stopping == "never"):
@@ -124,6 +126,7 @@ def begin(
         block_size=block_size,
         num_blocks=num_blocks,
         eos_token_id=eos_token_id,
+        trace=trace,
     )
     places = prompt_ids.shape[0], num_beams
     first = jnp.where(jnp.arange(num_beams) == 0, 0.0, NEVER)  # the beams are equal yet: one stands for all
@@ -177,4 +180,5 @@ def finish(search: Search, *, num_return_sequences: int, width: int) -> Beams:
         status=rows.status,
         stats=rows.stats,
         cache=rows.cache,
+        trace=rows.trace,
     )

@@ -24,6 +24,7 @@ from paxattn.decoding.fan_out import fan_out
 from paxattn.decoding.model import Model
 from paxattn.decoding.sampling import Sampling, sample_keys
 from paxattn.decoding.step import Finish, State, Stats, advance
+from paxattn.sharing import COLUMNS
 from paxattn.status import Status
 from paxattn.typing import Array, Float32, Int32, struct
 
@@ -45,6 +46,7 @@ class Generation:
     status: Int32[Array, ""]  # a `Status`: OK, or why the run ended early
     stats: Stats
     cache: Cache
+    trace: Int32[Array, "steps 4"] | None = None  # of sharing, where it was asked for: see `paxattn.sharing`
 
 
 def generate(
@@ -71,7 +73,7 @@ def generate(
       max_model_len: tokens that a row can hold, prompt included; static. Widest prompt + new tokens by default.
       max_num_batched_tokens: tokens a prefill step feeds at most; longer prompts are fed in chunks. Static.
       attention: implementation of paged attention, by name.
-      **options: what `start` takes: block_size, num_blocks, eos_token_id, and the sampling knobs temperature,
+      **options: what `start` takes: block_size, num_blocks, eos_token_id, trace, and the sampling knobs temperature,
         top_k, top_p, min_p, repetition_penalty (a number or one a prompt), key.
 
     Returns:
@@ -107,6 +109,7 @@ def start(
     block_size: int = 16,
     num_blocks: int | None = None,
     eos_token_id: int | Sequence[int] | Int32[Array, "eos"] = (),
+    trace: int = 0,
     **sampling,
 ) -> State:
     """An empty cache and the prompts on the token buffer: the state that `advance` turns.
@@ -122,6 +125,7 @@ def start(
       num_blocks: blocks in the pool, NULL included; by default enough for every row's limit, with what the rows of
         a prompt share counted once.
       eos_token_id: none, one or several ids that end a row.
+      trace: record the block counts of so many steps; see `paxattn.sharing`.
       **sampling: see `Sampling.create`.
     """
     prompts, width = prompt_ids.shape
@@ -158,11 +162,12 @@ def start(
         known=jnp.array(rows(prompt_length)),
         prompt_length=rows(prompt_length),
         limit=rows(prompt_length + jnp.asarray(max_new_tokens, jnp.int32)),
-        finish=jnp.full(prompts * num_return_sequences, Finish.RUNNING, jnp.int32),
+        finish=jnp.full(prompts * num_return_sequences, jnp.int32(Finish.RUNNING)),
         eos=jnp.atleast_1d(jnp.asarray(eos_token_id, jnp.int32)),
         sampling=dataclasses.replace(jax.tree.map(rows, sampling), key=sample_keys(sampling.key, num_return_sequences)),
         status=jnp.int32(Status.OK),
         stats=Stats.zeros(),
+        trace=jnp.zeros((trace, len(COLUMNS)), jnp.int32) if trace else None,
     )
 
 
@@ -176,6 +181,7 @@ def finish(state: State, *, width: int) -> Generation:
         status=state.status,
         stats=state.stats,
         cache=state.cache,
+        trace=state.trace,
     )
 
 

@@ -17,7 +17,7 @@ from paxattn.cache import Cache, extend
 from paxattn.decoding.model import Model
 from paxattn.decoding.sampling import Sampling, pick
 from paxattn.pages import PageTable, free
-from paxattn.sharing import Sharing, sharing
+from paxattn.sharing import Sharing, record, sharing
 from paxattn.status import Status
 from paxattn.typing import Array, Bool, Float, Float32, Int32, struct
 
@@ -89,6 +89,7 @@ class State:
     sampling: Sampling
     status: Int32[Array, ""]
     stats: Stats
+    trace: Int32[Array, "steps 4"] | None  # of sharing, a line a step, where it was asked for
 
     @property
     def running(self) -> Bool[Array, "B"]:
@@ -163,7 +164,8 @@ def feed(
     cache, plan, status = extend(state.cache, count, budget=budget, attention=attention, shared=shared)
     tokens = jnp.where(plan.live, state.tokens[state.line[plan.row], plan.position], 0)
     hidden, layers = model(tokens, plan, cache.layers)
-    now = sharing(cache.table)
+    now, copied = sharing(cache.table), plan.copies.count
+    trace = None if state.trace is None else record(state.trace, stats.steps, now, copied)
     stuck = state.running & (status != Status.OK)
     stats = dataclasses.replace(
         stats,
@@ -171,7 +173,7 @@ def feed(
         prefill_steps=stats.prefill_steps + jnp.any(state.pending > 1),
         tokens_fed=stats.tokens_fed + plan.query_start[-1],
         blocks_allocated=stats.blocks_allocated + now.held - before,
-        blocks_copied=stats.blocks_copied + plan.copies.count,
+        blocks_copied=stats.blocks_copied + copied,
         blocks_peak=jnp.maximum(stats.blocks_peak, now.held),
         block_steps_held=stats.block_steps_held + now.held,
         block_steps_shared=stats.block_steps_shared + now.shared,
@@ -183,6 +185,7 @@ def feed(
         finish=jnp.where(stuck, jnp.int32(Finish.OUT_OF_BLOCKS), state.finish),
         status=jnp.where(state.status == Status.OK, status, state.status),
         stats=stats,
+        trace=trace,
     )
     return fed, hidden[plan.last]
 

@@ -76,6 +76,7 @@ class Service:
             sampling=jax.tree.map(lambda values: values[self.line], queue.sampling),
             status=self.status,
             stats=self.stats,
+            trace=None,
         )
 
 

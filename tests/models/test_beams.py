@@ -95,6 +95,11 @@ def test_real_weights(lm):
         np.testing.assert_allclose(sum(output.logprobs) / 24, output.sequences[0].score, rtol=1e-5)
     assert run.stats["blocks_allocated"] == run.stats["blocks_freed"]
     assert 0 < run.stats["sharing_saving"] < 1
+    lines = run.stats["sharing_steps"]
+    assert len(lines) == run.stats["steps"]
+    assert [sum(column) for column in zip(*lines, strict=True)] == [
+        run.stats[name] for name in ("block_steps_held", "block_steps_shared", "block_steps_unshared", "blocks_copied")
+    ]
 
 
 def test_samples_on_the_command_line(capsys):

@@ -13,10 +13,10 @@ from paxattn.decoding.sampling import sample_keys
 from tests.toys import Toy, prompts, tokens_of
 
 TOY = Toy.create()
-LENGTHS, NEW, N = (1, 5, 6, 17), 9, 3
+LENGTHS, NEW, N, STEPS = (1, 5, 6, 17), 9, 3, 20
 
 
-@functools.partial(jax.jit, static_argnames=("n", "block_size", "max_num_batched_tokens"))
+@functools.partial(jax.jit, static_argnames=("n", "block_size", "max_num_batched_tokens", "trace"))
 def generate(ids, length, n=1, **options):
     options = {"block_size": 3, "temperature": jnp.full(len(ids), 0.9), "top_p": 0.95, **options}
     return pax.generate(TOY, ids, length, max_new_tokens=NEW, num_return_sequences=n, **options)
@@ -28,7 +28,7 @@ def keys(seed=4):
 
 @functools.cache
 def shared():
-    return generate(*prompts(LENGTHS), n=N, key=keys())
+    return generate(*prompts(LENGTHS), n=N, key=keys(), trace=STEPS)
 
 
 def test_samples_that_share_a_prompt_are_independent_runs():
@@ -83,6 +83,22 @@ def test_a_prompt_is_fed_once_and_its_blocks_are_shared():
     assert int(stats.blocks_copied) == (N - 1) * sum(n % 3 > 0 for n in LENGTHS), "the last holder keeps the tail"
     assert int(stats.blocks_allocated) == int(stats.blocks_freed)
     assert shared().cache.table.blocks.refcount.size <= 1 + len(LENGTHS) * (17 // 3 + N * (NEW // 3 + 1))
+
+
+def test_the_trace_of_sharing_adds_up():
+    stats, trace = shared().stats, np.asarray(shared().trace)
+    steps, rows = int(stats.steps), len(LENGTHS) * N
+    held, common, unshared, copied = trace[:steps].T
+    assert trace.shape == (STEPS, 4)
+    assert not trace[steps:].any(), "as many lines as steps"
+    totals = stats.block_steps_held, stats.block_steps_shared, stats.block_steps_unshared, stats.blocks_copied
+    assert trace.sum(axis=0).tolist() == [int(total) for total in totals]
+    assert held.max() == int(stats.blocks_peak)
+    whole = sum(n // 3 for n in LENGTHS)
+    assert common[-1] == whole, "tails have parted"
+    assert unshared[-1] - held[-1] == (N - 1) * whole
+    assert copied.max() <= rows
+    assert generate(*prompts(LENGTHS), key=keys()).trace is None
 
 
 def test_the_count_of_sharing_is_the_tables():

@@ -241,6 +241,17 @@ def test_other_values_compile_nothing():
     assert sweep._cache_size() == 1
 
 
+def test_a_state_keeps_its_types():
+    """What goes into a step comes out of it, weak types included: calling `advance` again compiles nothing."""
+    state = pax.start(TOY, *prompts(LENGTHS), max_new_tokens=NEW, max_model_len=64)
+    after = jax.eval_shape(lambda s: pax.advance(TOY, s, budget=19), state)
+
+    def types(tree):
+        return jax.tree.map(lambda x: (x.shape, x.dtype, x.weak_type), tree)
+
+    assert types(jax.tree.map(lambda x: x.aval, state)) == types(after)
+
+
 def big_state():
     return pax.start(TOY, *prompts(LENGTHS), max_new_tokens=NEW, max_model_len=64, num_blocks=20_000)
 

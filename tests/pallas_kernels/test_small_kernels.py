@@ -1,0 +1,168 @@
+"""The small kernels of a step: add and norm, rope and write, copies of blocks. Each against its XLA definition.
+
+anywhere    the bodies, interpreted, races looked for; every shape lowers to code for sm_90, pools aliased
+a Hopper    the real kernels: rope and copies to the bit, a norm to the rounding of one sum
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+
+import models
+import paxattn as pax
+from models.config import LlamaConfig
+from models.layers import rms_norm
+from pallas_kernels import mosaic
+from pallas_kernels.add_norm import add_norm
+from pallas_kernels.copy_blocks import copy_blocks
+from pallas_kernels.rope import apply_rope, turn_and_write
+
+on_hopper = pytest.mark.skipif(not mosaic.on_hopper(), reason="needs a Hopper GPU")
+races = plgpu.InterpretGPUParams(detect_races=True)
+real = pytest.param(None, marks=on_hopper, id="real")
+interpreted = pytest.param(races, id="interpreted")
+
+ROPE_SHAPES = {  # tokens, KV heads, query heads of each, head size, block size
+    "tiny": (5, 2, 3, 64, 8),
+    "135M": (32, 3, 3, 64, 16),
+    "1B": (300, 8, 4, 64, 16),
+    "8B": (32, 8, 4, 128, 16),
+    "mqa-256": (9, 1, 8, 256, 128),
+}
+NORM_SHAPES = {"narrow": (3, 64), "135M": (3, 576), "1B": (32, 2048), "8B": (32, 4096), "long": (5, 1088)}
+
+
+def normal(seed, *shape, dtype=jnp.bfloat16):
+    return jax.random.normal(jax.random.key(seed), shape, dtype)
+
+
+def written(tokens, kv_heads, group, head_dim, block_size):
+    """Arguments of `turn_and_write`; the last two tokens are idle, and their block and slot belong to others."""
+    blocks = tokens // block_size + 2
+    place = np.random.default_rng(0).permutation((blocks - 1) * block_size)[:tokens]
+    place[-2:] = place[:2]
+    qkv = normal(0, tokens, kv_heads, group + 2, head_dim)
+    q = qkv[:, :, :-2].reshape(tokens, kv_heads * group, head_dim)
+    turn = 100 * normal(1, tokens, 1, head_dim // 2, dtype=jnp.float32)
+    pool = jnp.full((blocks, kv_heads, block_size, head_dim), jnp.nan, jnp.bfloat16)
+    at = place // block_size + 1, place % block_size, [0, 1, tokens - 2]
+    angles = jnp.cos(turn), jnp.sin(turn)
+    return q, qkv[:, :, -2], qkv[:, :, -1], angles, pool, pool + 0, *(jnp.asarray(x, jnp.int32) for x in at)
+
+
+@jax.jit
+def written_by_xla(q, k, v, angles, k_pool, v_pool, block, slot, query_start):
+    block = jnp.where(jnp.arange(block.size) < query_start[-1], block, k_pool.shape[0])
+    k_pool, v_pool = (
+        pool.at[block, :, slot].set(new, mode="drop") for pool, new in ((k_pool, apply_rope(k, angles)), (v_pool, v))
+    )
+    return apply_rope(q, angles), k_pool, v_pool
+
+
+def same(got, want):
+    for g, w in zip(got, want, strict=True):
+        np.testing.assert_array_equal(np.asarray(g, np.float32), np.asarray(w, np.float32))
+
+
+@pytest.mark.parametrize(
+    ("interpret", "shape"),
+    [pytest.param(races, "tiny", id="interpreted"), *(pytest.param(None, s, marks=on_hopper) for s in ROPE_SHAPES)],
+)
+def test_turn_and_write_is_rope_and_write(interpret, shape):
+    given = written(*ROPE_SHAPES[shape])
+    want = written_by_xla(*given)
+    same(jax.jit(functools.partial(turn_and_write, interpret=interpret))(*given), want)
+
+
+@pytest.mark.parametrize(
+    ("interpret", "shape"),
+    [
+        *(pytest.param(races, s, id=f"interpreted-{s}") for s in ("narrow", "135M", "long")),
+        *(pytest.param(None, s, marks=on_hopper) for s in NORM_SHAPES),
+    ],
+)
+def test_add_norm_is_add_and_norm(interpret, shape):
+    x, delta, weight = normal(0, *NORM_SHAPES[shape]), normal(1, *NORM_SHAPES[shape]), normal(2, NORM_SHAPES[shape][1])
+    total, normed = add_norm(x, delta, weight, eps=1e-2, interpret=interpret)
+    same([total], [x + delta])
+    got, want = np.asarray(normed, np.float32), np.asarray(rms_norm(x + delta, weight, 1e-2), np.float32)
+    np.testing.assert_allclose(got, want, rtol=2**-6)  # a sum in another order may round the other way, twice
+    assert interpret or (got == want).mean() > 0.99  # compiled for a GPU, an interpreted body skips roundings
+
+
+@pytest.mark.parametrize("interpret", [interpreted, real])
+def test_copy_blocks_copies_what_has_a_target(interpret):
+    pools = [normal(i, 7, 2, 8, 64) for i in range(10)]
+    source, target = jnp.array([1, 3, 0, 4]), jnp.array([5, 0, 0, 6])
+    want = [pool.at[target[::3]].set(pool[source[::3]]) for pool in pools]
+    same(copy_blocks(pools, source, target, null=0, interpret=interpret), want)
+
+
+def lowered(call, *given):
+    """The call as a program for an H100, made without one."""
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), given)
+    h100 = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", platform="gpu", num_cores=None)
+    with use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=h100)):
+        return jax.jit(call).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize("shape", ROPE_SHAPES.values(), ids=ROPE_SHAPES.keys())
+def test_turn_and_write_lowers_in_place(shape):
+    assert lowered(turn_and_write, *written(*shape)).count("output_operand_alias<") == 2
+
+
+@pytest.mark.parametrize("shape", NORM_SHAPES.values(), ids=NORM_SHAPES.keys())
+def test_add_norm_lowers(shape):
+    x = normal(0, *shape)
+    assert "mosaic_gpu" in lowered(functools.partial(add_norm, eps=1e-5), x, x, x[0])
+
+
+@pytest.mark.parametrize("layers", [1, 32])
+def test_copy_blocks_lowers_in_place(layers):
+    ids = jnp.zeros(4, jnp.int32)
+    text = lowered(functools.partial(copy_blocks, null=0), 2 * layers * [normal(0, 7, 2, 8, 64)], ids, ids)
+    assert text.count("output_operand_alias<") == 2 * layers
+
+
+@on_hopper
+def test_no_pool_is_copied():
+    pools, ids = [jnp.zeros((1000, 8, 16, 64), jnp.bfloat16) for _ in range(2)], jnp.zeros(4, jnp.int32)
+    given = written(*ROPE_SHAPES["1B"])
+    for program in (
+        jax.jit(turn_and_write, donate_argnums=(4, 5)).lower(*given[:4], *pools, *given[6:]),
+        jax.jit(functools.partial(copy_blocks, null=0), donate_argnums=0).lower(pools, ids, ids),
+    ):
+        assert program.compile().memory_analysis().temp_size_in_bytes < pools[0].nbytes / 2
+
+
+CONFIG = LlamaConfig(
+    vocab_size=64, hidden_size=128, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
+    num_key_value_heads=1, head_dim=64, rms_norm_eps=1e-5, max_position_embeddings=64,
+)  # fmt: skip
+
+
+def kernels_of_a_step(attention):
+    """Which kernels of Mosaic a step of a small model is made of: add and norm, rope and write, any."""
+    jax.clear_caches()
+    model = models.random_llama(CONFIG, jax.random.key(0), "bfloat16")
+    cache = pax.Cache.create(model.cache_spec, num_blocks=5, block_size=8, max_num_seqs=2, max_model_len=16)
+
+    def step(model, cache, count, tokens):
+        cache, plan, _ = pax.extend(cache, count, budget=2, attention=attention)
+        return model(tokens, plan, cache.layers)
+
+    ones = jnp.ones(2, jnp.int32)
+    lowered_once = lowered(step, model, cache, ones, ones)
+    return tuple(name in lowered_once for name in ("call @add_norm", "call @turn_and_write", "mosaic_gpu"))
+
+
+def test_a_name_decides_about_the_small_kernels_too(monkeypatch):
+    assert kernels_of_a_step("auto") == 3 * (mosaic.on_hopper(),)
+    monkeypatch.setattr(mosaic, "on_hopper", lambda: True)
+    assert kernels_of_a_step("auto") == (True, True, True)
+    assert kernels_of_a_step("xla") == (False, False, False)
