@@ -147,6 +147,7 @@ def caught(mutant: Mutant) -> tuple[bool, str]:
         tree = Path(scratch)
         for part in ("paxattn", "pallas_kernels", "models", "tests"):
             shutil.copytree(ROOT / part, tree / part, ignore=shutil.ignore_patterns("__pycache__", "golden"))
+        (tree / "tests" / "golden").symlink_to(ROOT / "tests" / "golden")
         shutil.copy(ROOT / "pyproject.toml", tree)
         file = tree / mutant.file
         text = file.read_text()
