@@ -7,7 +7,7 @@ lm.model                               a Llama that fulfils paxattn.Model
 
 from models.batch import Output, Run, Scored
 from models.config import ConfigError, LlamaConfig
-from models.llama import Llama, random_llama
+from models.llama import Llama, random_llama, shard
 from models.lm import LM
 from models.load import load
 from models.weights import CheckpointError
@@ -23,4 +23,5 @@ __all__ = [
     "Scored",
     "load",
     "random_llama",
+    "shard",
 ]

@@ -98,11 +98,15 @@ class Batch:
     def stats(self, state: pax.State | Service) -> dict[str, Any]:
         """The run's counters, and what a cache without paging would have reserved."""
         table, stats = state.cache.table, state.stats
-        counted = {f.name: int(getattr(stats, f.name)) for f in dataclasses.fields(stats)}
+        # On a mesh each data shard counts: they take their steps side by side, and everything else adds up.
+        most = {"steps": np.max, "prefill_steps": np.max}
+        counted = {f.name: int(most.get(f.name, np.sum)(getattr(stats, f.name))) for f in dataclasses.fields(stats)}
         widest = max(len(p) for p in self.prompts) + self.max_new_tokens
         guessed = {"speculation": rows_of(state.tally)} if isinstance(state, pax.Speculation) else {}
         if isinstance(state, pax.State) and state.trace is not None:  # a line a step: paxattn.sharing.COLUMNS
-            guessed["sharing_steps"] = np.asarray(state.trace)[: counted["steps"]].tolist()
+            trace = np.asarray(state.trace)  # of each data shard on a mesh
+            trace = trace.reshape(-1, *trace.shape[-2:]).sum(axis=0)
+            guessed["sharing_steps"] = trace[: counted["steps"]].tolist()
         return {
             **counted,
             **guessed,

@@ -12,6 +12,7 @@ import numpy as np
 
 import paxattn as pax
 from models.batch import Batch, Output, together
+from models.lanes import Lanes, over
 from paxattn.decoding import beam
 from paxattn.decoding.expand import Search
 
@@ -85,14 +86,16 @@ def drive(
     budget: int,
     attention: str,
     steps: int | None,
+    lanes: Lanes,
 ) -> Iterator[tuple[pax.State, Batch]]:
     """Runs a search and yields its rows each `steps` steps, with the batch that reads its answers."""
     more = np.int32(2**30 if steps is None else steps)
     known = BeamBatch(**{field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)})
-    search = _branch(model, search, budget=budget, attention=attention)
+    search = over(_branch, lanes.mesh)(model, search, budget=budget, attention=attention)
     known = dataclasses.replace(known, num_return_sequences=num_return_sequences)
     while True:
-        yield search.rows, dataclasses.replace(known, search=search)
-        if batch.done(search.rows):
+        seen = lanes.look(search)
+        yield seen.rows, dataclasses.replace(known, search=seen)
+        if batch.done(seen.rows):
             return
-        search = _advance(model, search, steps=more, attention=attention)
+        search = over(_advance, lanes.mesh)(model, search, steps=more, attention=attention)

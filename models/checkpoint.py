@@ -15,7 +15,7 @@ Orbax loads a chunk with a flipped bit without a word: hence the manifest, check
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ from models.weights import CheckpointError
 
 MANIFEST, CONFIG, PARAMS = "manifest.json", "config.json", "params"
 _VERSION = 1
+
+Placement = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -71,7 +73,7 @@ def save(
 
 
 def load(
-    path: Path, *, dtype: DTypeLike | None = None, sharding: jax.sharding.Sharding | None = None
+    path: Path, *, dtype: DTypeLike | None = None, sharding: Placement | None = None
 ) -> tuple[dict[str, Any], dict[str, jax.Array]]:
     """The config and the arrays of a directory that `save` wrote.
 
@@ -81,7 +83,8 @@ def load(
     Args:
         path: The directory.
         dtype: For the floating-point arrays; None keeps what was saved.
-        sharding: Where all arrays go; None is the first device.
+        sharding: Where each array goes, by name and shape; None is the first device. It need not be where it was
+            saved from.
 
     Raises:
         CheckpointError: Files are missing, changed or unknown to the manifest: all are listed.
@@ -90,15 +93,16 @@ def load(
 
     path = path.absolute()
     _verify(path)
-    sharding = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
-    def target(saved: Any) -> jax.ShapeDtypeStruct:
+    def target(name: str, saved: Any) -> jax.ShapeDtypeStruct:
         cast = dtype is not None and jnp.issubdtype(saved.dtype, jnp.floating)
-        return jax.ShapeDtypeStruct(saved.shape, dtype if cast else saved.dtype, sharding=sharding)
+        where = first if sharding is None else sharding(name, saved.shape)
+        return jax.ShapeDtypeStruct(saved.shape, dtype if cast else saved.dtype, sharding=where)
 
     # Shapes and dtypes come from the files: the sharding they were saved with may not exist on this machine.
     saved: Any = ocp.metadata(str(path / PARAMS)).metadata
-    params: Any = ocp.load(str(path / PARAMS), {name: target(array) for name, array in saved.items()})
+    params: Any = ocp.load(str(path / PARAMS), {name: target(name, array) for name, array in saved.items()})
     return json.loads((path / CONFIG).read_text("utf-8")), params
 
 

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from models import ablate, serve_bench
+from models import ablate, hosts, serve_bench
 
 EXAMPLES = """examples:
   paxattn generate "What is a page table?" "Write a haiku about memory."
@@ -34,6 +34,7 @@ EXAMPLES = """examples:
   paxattn serve-bench --shapes tiny --requests 64 --max-num-seqs 16 --num-blocks 800 --json
   paxattn ablate --block-size 1,16,128 --rows 4 --context 128 --save ablation.json
   paxattn ablate --block-size 1,16,128 --lengths sharegpt --set watermark=0.01,0.1
+  paxattn serve-bench --shapes 8B --dtype bfloat16 --mesh data=2,model=4
 """
 
 
@@ -117,6 +118,7 @@ def parser() -> argparse.ArgumentParser:
         help="tokens a prefill step feeds at most",
     )
     add("--attention", default="auto", metavar="NAME", help="auto, xla or reference")
+    add("--mesh", metavar="data=D,model=M", help="all devices of all processes: data shards x devices a model")
     add("--stream", action="store_true", help="print a single answer as it grows")
     add("--show-pages", action="store_true", help="draw the page map where the pool was fullest")
     add_dtype(generate)
@@ -191,7 +193,10 @@ def _generate(options: argparse.Namespace) -> int:
     import models
     from paxattn.viz import page_map
 
-    lm = models.load(options.model, dtype=options.dtype)
+    if options.mesh and options.show_pages:
+        raise ValueError("--show-pages draws the pages of one device; leave out --mesh.")
+    lm = models.load(options.model, dtype=options.dtype, mesh=hosts.open_mesh(options))
+    hosts.agree("model", lm.model.config.to_dict())
     if options.stream:
         for piece in lm.stream(prompts[0], stop_strings=options.stop, **settings):
             print(piece, end="", flush=True)
@@ -224,7 +229,8 @@ def _generate(options: argparse.Namespace) -> int:
             print(f"[ended early: {output.finish_reason}]")
     if options.show_pages:
         print(f"\npage map when the pool was fullest\n{drawing}")
-    print(f"\n{_summary(stats)}", file=sys.stdout if options.show_pages else sys.stderr)
+    if hosts.is_first():
+        print(f"\n{_summary(stats)}", file=sys.stdout if options.show_pages else sys.stderr)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The parts of a Llama layer that hold no state: normalisation, and the angles of rotary position embedding.
+"""The parts of a Llama layer that hold no state: normalisation, rotary angles, sums over a mesh.
 
 x ---> + ---> x' --> norm --> attention or MLP --> the next delta
 delta -^                                           rope: angle of pair i = position * frequency[i]
@@ -50,3 +50,17 @@ def rope_angles(config: LlamaConfig, position: jax.Array) -> tuple[jax.Array, ja
     """Cosine and sine, float32 [T, 1, D / 2], of the tokens' positions [T]; once a step, for all layers."""
     angle = position.astype(jnp.float32)[:, None, None] * rope_frequencies(config)
     return jnp.cos(angle), jnp.sin(angle)
+
+
+def total(x: jax.Array, axis: str | None) -> jax.Array:
+    """The sum of what the devices of a mesh axis have: one all-reduce, none where there is no axis."""
+    return x if axis is None else jax.lax.psum(x, axis)
+
+
+def lookup(embed: jax.Array, tokens: jax.Array, axis: str | None) -> jax.Array:
+    """Embeddings [T, E] of tokens; where the vocabulary is cut, one device has each and the others add zero."""
+    if axis is None:
+        return embed[tokens]
+    at = tokens - jax.lax.axis_index(axis) * embed.shape[0]
+    mine = (at >= 0) & (at < embed.shape[0])
+    return total(jnp.where(mine[:, None], embed[jnp.where(mine, at, 0)], 0), axis)

@@ -20,6 +20,7 @@ import numpy as np
 import paxattn as pax
 from models import beams
 from models.batch import Batch, Run, bucket, eos_set, merge, saving
+from models.lanes import Lanes, over
 from models.llama import Llama
 from models.many import answer_many
 from models.speculation import drafter, report
@@ -52,11 +53,12 @@ def _score(model: Llama, cache: pax.Cache, tokens: jax.Array, count: jax.Array, 
 
 @dataclasses.dataclass(frozen=True)
 class LM:
-    """A model, its tokenizer where it has one, and the name it was loaded by."""
+    """A model, its tokenizer where it has one, the name it was loaded by, and the mesh it lies on, if any."""
 
     model: Llama
     tokenizer: Tokenizer | None
     name: str
+    mesh: jax.sharding.Mesh | None = None
 
     def encode(self, prompt: Prompt, *, chat: bool | None = None) -> list[int]:
         """Token ids of a prompt: text through the chat template (by default where there is one), ids as they are."""
@@ -70,6 +72,8 @@ class LM:
     def generate(self, prompts: Sequence[Prompt], *, watch: Callable[[Any], None] | None = None, **options: Any) -> Run:
         """Answers prompts: in one batch, or through the engine where there are more than `max_num_seqs`.
 
+        On a mesh: batch by batch, `max_num_seqs` rows a data shard.
+
         Args:
           prompts: texts, or token ids.
           watch: called on the host with each state, of the batch or of the engine, that it sees; see `steps`.
@@ -80,6 +84,7 @@ class LM:
             len(prompts) > options.get("max_num_seqs", MAX_NUM_SEQS)
             and not grouped
             and options.get("speculate") is None
+            and self.mesh is None
         ):
             return self._generate_many(prompts, watch, **{k: v for k, v in options.items() if k not in _BATCH_ONLY})
         outputs, stats = [], {}
@@ -123,6 +128,8 @@ class LM:
         for i, ids in enumerate(encoded):
             if not ids:
                 raise ValueError(f"prompt {i} is empty; give at least one token.")
+            if bad := [token for token in ids if not 0 <= token < self.model.vocab_size]:
+                raise ValueError(f"a token id is {bad[0]} in prompt {i}; ids are in [0, {self.model.vocab_size}).")
         if max_num_seqs < 1:
             raise ValueError(f"max_num_seqs is {max_num_seqs}, must be at least 1.")
         if stop_strings and self.tokenizer is None:
@@ -216,7 +223,7 @@ class LM:
           eos_token_id: ends an answer; the checkpoint's by default, () for none.
           block_size: tokens a block.
           num_blocks: blocks in the pool, NULL included; enough for everything by default.
-          max_num_seqs: rows of a batch at most.
+          max_num_seqs: rows of a batch at most; this, num_blocks and max_num_batched_tokens are a data shard's.
           max_num_batched_tokens: tokens a prefill step feeds at most.
           attention: implementation of paged attention.
           steps: yield each this many steps; by default only at the end (8 where there are stop strings).
@@ -237,50 +244,56 @@ class LM:
         guesser = drafter(speculate, self, attention=attention) if isinstance(speculate, str) else speculate
         if guesser is not None and group > 1:
             raise ValueError("speculate answers a prompt once; leave out num_beams and num_return_sequences.")
-        turn, k = _advance, num_speculative_tokens
+        turn, k = over(_advance, self.mesh), num_speculative_tokens
         if guesser is not None:
-            turn = functools.partial(_speculate, drafter=guesser, k=k)
-        for first in range(0, len(encoded), max_num_seqs // group):
-            rows = encoded[first : first + max_num_seqs // group]
+            turn = functools.partial(over(_speculate, self.mesh), drafter=guesser, k=k)
+        most = max_num_seqs // group * Lanes(self.mesh, 1).shards
+        for first in range(0, len(encoded), most):
+            rows = encoded[first : first + most]
+            lanes = Lanes(self.mesh, len(rows))
             width, new = bucket(max(map(len, rows))), bucket(max_new_tokens)
             ids = np.zeros((len(rows), width), np.int32)
             for row, tokens in enumerate(rows):
                 ids[row, : len(tokens)] = tokens
-            budget = pax.prefill_budget(ids.shape, max_num_batched_tokens)
+            budget = pax.prefill_budget((lanes.hand, width), max_num_batched_tokens)
             prompts = [tokens for tokens in rows for _ in range(group)]
             batch = Batch(self.tokenizer, prompts, max_new_tokens, tuple(stop_strings), eos_set(eos), group)
-            given = self.model, jnp.asarray(ids), jnp.array(list(map(len, rows)), jnp.int32)
-            size = pool_size(len(rows), width, new, group, block_size, width + new)
+            given = self.model, *lanes.deal((jnp.asarray(ids), jnp.array(list(map(len, rows)), jnp.int32)))
+            size = pool_size(lanes.hand, width, new, group, block_size, width + new)
             sizes: dict[str, Any] = {
-                "max_new_tokens": jnp.full(len(rows), max_new_tokens, jnp.int32),
+                "max_new_tokens": lanes.deal(jnp.full(len(rows), max_new_tokens, jnp.int32)),
                 "max_model_len": width + new,
                 "block_size": block_size,
                 "num_blocks": size if num_blocks is None else num_blocks,
                 "eos_token_id": eos,
             }
             if group > 1:
-                sizes["trace"] = -(-len(rows) * width // budget) + new
+                sizes["trace"] = -(-lanes.hand * width // budget) + new
             if search:
-                begun = beam.begin(*given, **search, **sizes)
-                yield from beams.drive(self.model, begun, batch, num_return_sequences, budget, attention, steps)
+                begun = over(beam.begin, self.mesh)(*given, **search, **sizes)
+                yield from beams.drive(self.model, begun, batch, num_return_sequences, budget, attention, steps, lanes)
                 continue
             keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(first, first + len(rows)))
-            state = pax.start(*given, num_return_sequences=num_return_sequences, key=keys, **sizes, **sampling)
+            sizes |= {"num_return_sequences": num_return_sequences, "key": lanes.deal(keys)}
+            state = over(pax.start, self.mesh)(*given, **sizes, **sampling)
             if group > 1:
-                state = _fan_out(self.model, state, group=group, budget=budget, attention=attention)
+                fan_out = over(_fan_out, self.mesh)
+                state = fan_out(self.model, state, group=group, budget=budget, attention=attention)
             if guesser is not None:
-                state = speculative.begin(guesser, state, k=k)
+                state = over(speculative.begin, self.mesh)(guesser, state, k=k)
             advance = functools.partial(turn, self.model, budget=budget, attention=attention)
-            yield from _drive(advance, state, batch, steps)
+            yield from _drive(advance, state, batch, steps, lanes)
 
 
-def _drive(advance, state, batch, steps) -> Iterator[tuple[pax.State, Batch]]:
+def _drive(advance, state, batch, steps, lanes) -> Iterator[tuple[pax.State, Batch]]:
     more = jnp.int32(2**30 if steps is None else steps)
     while True:
         state = advance(state=state, steps=more)
-        hit = batch.stop_rows(state)
+        seen = lanes.look(state)
+        hit = batch.stop_rows(seen)
         if hit.any():
-            state = _stop(state, jnp.asarray(hit))
-        yield state, batch
-        if batch.done(state):
+            state = over(_stop, lanes.mesh)(state, jnp.asarray(lanes.deal_rows(hit)))
+            seen = lanes.look(state)
+        yield seen, batch
+        if batch.done(seen):
             return

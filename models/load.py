@@ -6,24 +6,27 @@
                                 |         |          |
     Llama(config, init):  init("layers.3.qkv", shape) reads, fuses, casts and places one parameter at a time
 
-Nothing larger than one parameter exists twice.
+Nothing larger than one parameter exists twice. On a mesh each device reads its own slice of each parameter.
 """
 
+import functools
 import json
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from tqdm.auto import tqdm
 
-from models import checkpoint, hub
+from models import checkpoint, hub, sharding
 from models.config import LlamaConfig
 from models.gguf import open_gguf
-from models.llama import Init, Llama
+from models.llama import Init, Llama, shard
 from models.lm import LM
 from models.tokenizer import check_fits, load_tokenizer
 from models.weights import CheckpointError, TensorSource, check_tensors, expected_tensors, open_safetensors
@@ -31,38 +34,44 @@ from models.weights import CheckpointError, TensorSource, check_tensors, expecte
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def load(source: str | os.PathLike = hub.DEFAULT_MODEL, *, dtype: str | jnp.dtype = "float32") -> LM:
+def load(
+    source: str | os.PathLike = hub.DEFAULT_MODEL, *, dtype: str | jnp.dtype = "float32", mesh: Mesh | None = None
+) -> LM:
     """A language model from a checkpoint, with its tokenizer where it has one.
 
     Args:
       source: a Hugging Face directory (safetensors), a `.gguf` file, a directory written by `paxattn convert`,
         a hub id `organisation/name[@revision]`, or "smollm2-135m".
       dtype: of parameters and cache: float32, bfloat16 or float16.
+      mesh: of the devices that the model is to lie on; see `paxattn.make_mesh` and `models.sharding`.
 
     Raises:
-      FileNotFoundError, models.weights.CheckpointError, models.config.ConfigError: refused before anything is
-        allocated, with what to do.
+      FileNotFoundError, models.weights.CheckpointError, models.config.ConfigError, models.sharding.MeshError: refused
+        before anything is allocated, with what to do.
     """
     dtype = jnp.dtype(dtype)
     if dtype.name not in DTYPES:
         raise ValueError(f"dtype is {dtype.name}; choose one of {', '.join(DTYPES)}.")
     path = hub.resolve(source)
     if checkpoint.is_checkpoint(path):
-        raw, params = checkpoint.load(path, dtype=dtype)
+        where = None if mesh is None else functools.partial(sharding.place, mesh)
+        raw, params = checkpoint.load(path, dtype=dtype, sharding=where)
         config, tokenizer = LlamaConfig.from_dict(raw), load_tokenizer(path, None)
         init = _from_params(params)
-    elif path.suffix == ".gguf":
-        file = open_gguf(path)
-        config, tokenizer = file.config, load_tokenizer(path, file.metadata)
-        init = _from_tensors(file, config, dtype)
     else:
-        config, tokenizer = read_config(path), load_tokenizer(path, None)
-        tensors = open_safetensors(path)
-        check_tensors(tensors, expected_tensors(config))  # `open_gguf` does it for its own
-        init = _from_tensors(tensors, config, dtype)
+        if path.suffix == ".gguf":
+            tensors = open_gguf(path)
+            config, tokenizer = tensors.config, load_tokenizer(path, tensors.metadata)
+        else:
+            config, tokenizer = read_config(path), load_tokenizer(path, None)
+            tensors = open_safetensors(path)
+            check_tensors(tensors, expected_tensors(config))  # `open_gguf` does it for its own
+        config = config if mesh is None else sharding.fit(config, mesh.shape["model"])
+        init = _from_tensors(tensors, config, dtype, mesh)
     if tokenizer is not None:
         check_fits(tokenizer, config.vocab_size)
-    return LM(Llama(config, init), tokenizer, str(source))
+    model = Llama(config, init)
+    return LM(model if mesh is None else shard(model, mesh), tokenizer, str(source), mesh)
 
 
 def read_config(path: Path) -> LlamaConfig:
@@ -86,47 +95,68 @@ def _from_params(params: dict[str, jax.Array]) -> Init:
     return init
 
 
-def _from_tensors(source: TensorSource, config: LlamaConfig, dtype: jnp.dtype) -> Init:
+class Parts(NamedTuple):
+    """A parameter in our layout as views of the file's tensors, which lie next to each other along an axis."""
+
+    views: list[np.ndarray]
+    axis: int = 0
+
+    def read(self, index: Any) -> np.ndarray:
+        """A slice of it; no mesh cuts the axis of a parameter that has several views."""
+        return np.ascontiguousarray(np.concatenate([view[index] for view in self.views], axis=self.axis))
+
+
+def _from_tensors(source: TensorSource, config: LlamaConfig, dtype: jnp.dtype, mesh: Mesh | None) -> Init:
     """Reads Hugging Face tensors [out, in] into the fused parameters [in, out] of `models.llama`."""
-    heads = (config.num_key_value_heads, -1, config.head_dim)
+    kv_heads = config.num_key_value_heads
     bar = tqdm(total=len(expected_tensors(config)), desc="load", unit="tensor", disable=not sys.stderr.isatty())
 
     def read(name: str) -> np.ndarray:
         bar.update()
         return source.read(name)
 
-    def qkv(layer: str, kind: str) -> np.ndarray:  # [K, G + 2, D] or [K, G + 2, D, E]
-        parts = [read(f"{layer}.self_attn.{name}_proj.{kind}") for name in "qkv"]
-        return np.concatenate([part.reshape(*heads, *part.shape[1:]) for part in parts], axis=1)
+    def qkv(layer: str, kind: str) -> list[np.ndarray]:  # [K, n, D] or [K, n, D, E] each
+        q, k, v = (read(f"{layer}.self_attn.{name}_proj.{kind}") for name in "qkv")
+        q = q.reshape(kv_heads, -1, config.head_dim, *q.shape[1:])
+        k, v = (part.reshape(-1, 1, config.head_dim, *part.shape[1:]) for part in (k, v))
+        times = kv_heads // len(k)  # on a mesh with more devices than the file has KV heads
+        return [q, k, v] if times == 1 else [q, np.repeat(k, times, axis=0), np.repeat(v, times, axis=0)]
 
-    def gate_up(layer: str, kind: str) -> np.ndarray:
-        return np.stack([read(f"{layer}.mlp.{name}_proj.{kind}") for name in ("gate", "up")])
+    def gate_up(layer: str, kind: str) -> list[np.ndarray]:
+        return [read(f"{layer}.mlp.{name}_proj.{kind}")[None] for name in ("gate", "up")]
 
-    of_layer: dict[str, Callable[[str], np.ndarray]] = {
-        "attention_norm": lambda at: read(f"{at}.input_layernorm.weight"),
-        "qkv": lambda at: np.moveaxis(qkv(at, "weight"), -1, 0),
-        "qkv_bias": lambda at: qkv(at, "bias"),
-        "out": lambda at: read(f"{at}.self_attn.o_proj.weight").T,
-        "out_bias": lambda at: read(f"{at}.self_attn.o_proj.bias"),
-        "mlp_norm": lambda at: read(f"{at}.post_attention_layernorm.weight"),
-        "gate_up": lambda at: np.moveaxis(gate_up(at, "weight"), -1, 0),
-        "gate_up_bias": lambda at: gate_up(at, "bias"),
-        "down": lambda at: read(f"{at}.mlp.down_proj.weight").T,
-        "down_bias": lambda at: read(f"{at}.mlp.down_proj.bias"),
+    def turned(views: list[np.ndarray], axis: int) -> Parts:  # the last axis, which the product sums over, comes first
+        return Parts([np.moveaxis(view, -1, 0) for view in views], axis)
+
+    of_layer: dict[str, Callable[[str], Parts]] = {
+        "attention_norm": lambda at: Parts([read(f"{at}.input_layernorm.weight")]),
+        "qkv": lambda at: turned(qkv(at, "weight"), 2),
+        "qkv_bias": lambda at: Parts(qkv(at, "bias"), 1),
+        "out": lambda at: Parts([read(f"{at}.self_attn.o_proj.weight").T]),
+        "out_bias": lambda at: Parts([read(f"{at}.self_attn.o_proj.bias")]),
+        "mlp_norm": lambda at: Parts([read(f"{at}.post_attention_layernorm.weight")]),
+        "gate_up": lambda at: turned(gate_up(at, "weight"), 1),
+        "gate_up_bias": lambda at: Parts(gate_up(at, "bias")),
+        "down": lambda at: Parts([read(f"{at}.mlp.down_proj.weight").T]),
+        "down_bias": lambda at: Parts([read(f"{at}.mlp.down_proj.bias")]),
     }
-    whole: dict[str, Callable[[], np.ndarray]] = {
-        "embed": lambda: read("model.embed_tokens.weight"),
-        "norm": lambda: read("model.norm.weight"),
-        "head": lambda: read("lm_head.weight").T,
+    whole: dict[str, Callable[[], Parts]] = {
+        "embed": lambda: Parts([read("model.embed_tokens.weight")]),
+        "norm": lambda: Parts([read("model.norm.weight")]),
+        "head": lambda: Parts([read("lm_head.weight").T]),
     }
 
     def init(name: str, shape: tuple[int, ...]) -> jax.Array:
         if name in whole:
-            value = whole[name]()
+            parts = whole[name]()
         else:
             _, index, part = name.split(".")
-            value = of_layer[part](f"model.layers.{index}")
-        assert value.shape == shape, (name, value.shape, shape)
-        return jnp.array(np.ascontiguousarray(value), dtype)
+            parts = of_layer[part](f"model.layers.{index}")
+        if mesh is None:
+            value = parts.read((slice(None),) * len(shape))
+            assert value.shape == shape, (name, value.shape, shape)
+            return jnp.array(value, dtype)
+        where = sharding.place(mesh, name, shape)
+        return jax.make_array_from_callback(shape, where, lambda index: parts.read(index).astype(dtype))
 
     return init

@@ -5,7 +5,7 @@
     run       pax.serve's loop in chunks, so that a bar can move; a chunk is timed as a whole
 
 By default it is the workload whose vLLM figures stand in docs/log.md: 256 requests at once, 100..1024 tokens each
-way, no end token, 256 rows at most.
+way, no end token, 256 rows at most. On a mesh the requests are dealt to the data shards like cards.
 """
 
 import argparse
@@ -22,6 +22,8 @@ import numpy as np
 from tqdm.auto import tqdm
 
 import paxattn as pax
+from models import hosts
+from models.lanes import Lanes
 from models.llama import random_llama
 from models.load import load
 from models.shapes import CONFIGS
@@ -45,6 +47,7 @@ def add_arguments(sub: argparse.ArgumentParser) -> None:
     add("--max-num-batched-tokens", type=int, default=2048, metavar="T", help="token axis of steps with prompts")
     add("--steps", type=int, default=32, metavar="K", help="steps a chunk")
     add("--attention", default="auto", metavar="NAME", help="implementation of paged attention")
+    add("--mesh", metavar="data=D,model=M", help="all devices; rows, blocks and token axis are those of a data shard")
 
 
 def workload(requests: int, low: int, high: int, vocab_size: int, seed: int = 0) -> pax.Requests:
@@ -69,6 +72,7 @@ class Bench:
     max_num_batched_tokens: int = 2048
     attention: str = "auto"
     trace: int = 0
+    mesh: jax.sharding.Mesh | None = None  # rows, blocks and the token axis are then those of a data shard
 
     @property
     def max_model_len(self) -> int:
@@ -79,14 +83,17 @@ class Bench:
         """The service before its first step, all requests in the queue."""
         sizes = {"max_model_len": self.max_model_len, "block_size": self.block_size, "num_blocks": self.num_blocks}
         check_requests(self.model, self.requests, **sizes)
-        service, line = self._open(), jnp.arange(self.requests.prompt_length.size, dtype=jnp.int32)
-        queue = jax.jit(put, static_argnums=4)(service.queue, self.requests, line, line, most(service))
-        return jax.block_until_ready(dataclasses.replace(service, queue=queue))
+        lanes = Lanes(self.mesh, self.requests.prompt_length.size)
+        return jax.block_until_ready(self._spread(self._begin)(self.model, lanes.deal(self.requests)))
 
-    def _open(self):
+    def _spread(self, f):
+        return jax.jit(f) if self.mesh is None else pax.spread(f, self.mesh)
+
+    def _begin(self, model, requests):
         names = ("num_blocks", "block_size", "max_num_seqs", "trace", "max_model_len")
-        sizes = {name: getattr(self, name) for name in names}
-        return open_service(self.model, lines=self.requests.prompt_length.size, **sizes)
+        line = jnp.arange(requests.prompt_length.size, dtype=jnp.int32)
+        service = open_service(model, lines=line.size, **{name: getattr(self, name) for name in names})
+        return dataclasses.replace(service, queue=put(service.queue, requests, line, line, most(service)))
 
     @functools.cached_property
     def program(self):
@@ -96,8 +103,8 @@ class Bench:
         def advance(model, service, steps):
             return run(model, service, budget=budget, policy=pax.Policy(), steps=steps, attention=self.attention)
 
-        shapes = jax.eval_shape(self._open)
-        return jax.jit(advance, donate_argnums=1).lower(self.model, shapes, jnp.int32(1)).compile()
+        lowered = jax.jit(self._spread(advance), donate_argnums=1).lower(self.model, self.start(), jnp.int32(1))
+        return lowered.compile()
 
     def measure(self, steps, watch=lambda service, seconds: None):
         """Serves everything.
@@ -111,10 +118,10 @@ class Bench:
         """
         program, service, spans = self.program, self.start(), []
         for more in steps:
-            before = int(service.stats.prefill_steps)
+            before = _most(service.stats.prefill_steps)
             started = time.perf_counter()
             service = jax.block_until_ready(program(self.model, service, jnp.int32(more)))
-            spans.append((time.perf_counter() - started, int(service.stats.prefill_steps) - before))
+            spans.append((time.perf_counter() - started, _most(service.stats.prefill_steps) - before))
             watch(service, sum(seconds for seconds, _ in spans))
             if not service.queue.unfinished.any():
                 break
@@ -129,39 +136,48 @@ class Bench:
             "seconds": seconds,
             "prompt_seconds": sum(span for span, prompts in spans if prompts),
             "decode_seconds": sum(span for span, prompts in spans if not prompts),
-            "steps": int(service.stats.steps),
-            "prefill_steps": int(service.stats.prefill_steps),
+            "steps": _most(service.stats.steps),
+            "prefill_steps": _most(service.stats.prefill_steps),
             "requests": self.requests.prompt_length.size,
             "prompt_tokens": int(jnp.sum(service.queue.prompt_length)),
             "output_tokens": tokens,
             "preemptions": int(jnp.sum(service.queue.preemptions)),
-            "peak_blocks": int(service.stats.blocks_peak),
+            "peak_blocks": _most(service.stats.blocks_peak),
             "num_blocks": self.num_blocks,
         }
+
+
+def _most(count) -> int:
+    """Of one device, or of the data shard that counted most."""
+    return int(jnp.max(count))
 
 
 def main(options: argparse.Namespace) -> int:
     """Runs the command."""
     if options.steps < 1:
         raise ValueError(f"steps is {options.steps}, must be at least 1.")
+    mesh = hosts.open_mesh(options)
     if options.model:
-        model = load(options.model, dtype=options.dtype).model
+        model = load(options.model, dtype=options.dtype, mesh=mesh).model
     else:
-        model = random_llama(CONFIGS[options.shapes], jax.random.key(0), options.dtype)
+        model = random_llama(CONFIGS[options.shapes], jax.random.key(0), options.dtype, mesh)
+    hosts.agree("model", model.config.to_dict())
     requests = workload(options.requests, options.low, options.high, model.vocab_size, options.seed)
-    rows = min(options.max_num_seqs, options.requests)
+    rows = min(options.max_num_seqs, Lanes(mesh, options.requests).hand)
     blocks = options.num_blocks or 1 + rows * -(-2 * options.high // options.block_size)
-    bench = Bench(model, requests, rows, blocks, options.block_size, options.max_num_batched_tokens, options.attention)
+    sizes = rows, blocks, options.block_size, options.max_num_batched_tokens, options.attention
+    bench = Bench(model, requests, *sizes, mesh=mesh)
     with tqdm(total=int(requests.max_new_tokens.sum()), unit="token", disable=not sys.stderr.isatty()) as bar:
 
         def watch(service, seconds):
             done = int(jnp.sum(service.queue.known - service.queue.prompt_length))
-            used = int(service.cache.table.blocks.num_used) / (blocks - 1)
+            used = float(jnp.mean(service.cache.table.blocks.refcount > 0))
             bar.set_postfix_str(f"{done / seconds:,.0f} tokens/s, {used:.0%} of the blocks", refresh=False)
             bar.update(done - bar.n)
 
         service, spans = bench.measure(iter(lambda: options.steps, None), watch)
     facts = {"model": options.model or options.shapes, "device": jax.devices()[0].device_kind}
+    facts |= {} if mesh is None else {"mesh": dict(mesh.shape)}
     facts |= {"max_num_seqs": rows, "block_size": options.block_size, **bench.figures(service, spans)}
     if options.json:
         print(json.dumps(facts))

@@ -24,7 +24,7 @@ def drafter(name: str, lm: "LM", *, attention: str = "auto") -> pax.Drafter:
     if kind == "draft" and what:
         from models.load import load
 
-        draft = load(what, dtype=lm.model.cache_spec.dtype)
+        draft = load(what, dtype=lm.model.cache_spec.dtype, mesh=lm.mesh)
         ours, its = lm.tokenizer, draft.tokenizer
         if ours is not None and its is not None and ours.hf.get_vocab() != its.hf.get_vocab():
             raise ValueError(f"{what} has another vocabulary than {lm.name}, so it cannot draft for it.")

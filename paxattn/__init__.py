@@ -6,6 +6,7 @@ pax.generate(model, prompt_ids, prompt_length, max_new_tokens=64)      the whole
 pax.beam_search(model, prompt_ids, prompt_length, num_beams=4, ...)    likely continuations by a reordered page table
 pax.serve(model, requests, max_num_seqs=8), pax.Engine                 more requests than rows
 pax.speculate(model, prompt_ids, prompt_length, drafter=pax.NGram(), ...)   faster
+pax.on_mesh(pax.generate, mesh)                                        each of these on many devices
 pax.append, fork, truncate, free                                       the verbs it is made of
 pax.paged_attention                                                    the kernel underneath
 pax.viz                                                                page map, timeline and flow of a run as pictures
@@ -28,6 +29,7 @@ from paxattn.decoding.packed import Packed, pack
 from paxattn.decoding.sampling import Sampling
 from paxattn.decoding.speculative import Speculation, Tally, speculate
 from paxattn.decoding.step import Finish, State, Stats, advance, step, stop
+from paxattn.mesh import make_mesh, on_mesh, spread
 from paxattn.pages import PageTable, append, fork, free, locate, truncate, violations
 from paxattn.serving.engine import Answer, Engine
 from paxattn.serving.loop import Served, serve
@@ -43,6 +45,7 @@ __all__ = [  # noqa: RUF022 - in the order that a newcomer meets them
     "speculate", "Drafter", "Draft", "NGram", "DraftModel", "Speculation", "Tally",
     "start", "fan_out", "advance", "step", "stop", "finish", "State", "Stats", "prefill_budget",
     "serve", "Requests", "Served", "Policy", "Engine", "Answer",
+    "on_mesh", "make_mesh", "spread",
     "Cache", "CacheSpec", "KV", "Plan", "extend", "write", "view", "attend", "paged_attention",
     "PageTable", "append", "fork", "truncate", "free", "locate", "violations",
     "sharing", "Sharing", "viz",

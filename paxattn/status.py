@@ -49,6 +49,6 @@ def first(*failures: tuple[Bool[Array, ""], Status]) -> Int32[Array, ""]:
 
 
 def check(status: Int32[Array, ""]) -> None:
-    """Raises `PagingError` on the host unless the status is OK."""
-    if (code := Status(int(status))) is not Status.OK:
+    """Raises `PagingError` on the host unless the status is OK, on every data shard where there are several."""
+    if (code := Status(int(jnp.max(status)))) is not Status.OK:
         raise PagingError(f"{code.name}: {code.message}")

@@ -29,6 +29,7 @@ VERDICT = "tests/paxattn/test_speculative_sampling.py"
 SIMULATE, EVICTION, ABLATE = (f"tests/paxattn/test_{name}.py" for name in ("simulate", "eviction", "ablate"))
 
 VIZ, SNAPSHOT = "tests/paxattn/test_viz.py", "tests/models/test_snapshot.py"
+MESH = "tests/models/test_mesh.py::test_on_eight_devices[{}]"
 
 PATIENCE = 900
 """Seconds that a mutant's tests may take: several times what the sound ones do."""
@@ -87,7 +88,7 @@ MUTANTS = (
     Mutant("a row reads its own line", "paxattn/decoding/step.py", 'state.tokens[state.line[plan.row], plan.position]', 'state.tokens[plan.row, plan.position]', SERVING + "::test_the_oldest_request_is_never_preempted_and_moves_in_every_step"),
     Mutant("cancelled requests keep their row", "paxattn/serving/service.py", 'rows = lines[service.line] & service.seated', 'rows = service.seated & False', ENGINE + "::test_cancel_anywhere"),
     Mutant("the penalty looks at another line", "paxattn/decoding/sampling.py", 'tokens if line is None else tokens[line]', 'tokens[: logits.shape[0]]', SERVING + "::test_the_oldest_request_is_never_preempted_and_moves_in_every_step"),
-    Mutant("a narrow token axis drops rows", "paxattn/serving/loop.py", "jnp.sum(count) <= tokens for", "jnp.sum(count) <= 2 * tokens for", SERVING),
+    Mutant("a narrow token axis drops rows", "paxattn/serving/loop.py", "jnp.sum(count) <= jnp.array(widths)", "jnp.sum(count) <= 2 * jnp.array(widths)", SERVING),
     Mutant("samples of a prompt share a key", "paxattn/decoding/sampling.py", "jnp.where(jnp.arange(n) > 0, folded, key[:, None])", "jnp.where(jnp.arange(n) > n, folded, key[:, None])", FAN_OUT),
     Mutant("followers feed the prompt too", "paxattn/decoding/fan_out.py", "jnp.where(row == leader, state.pending, 0)", "state.pending", FAN_OUT),
     Mutant("a group forks from a neighbour", "paxattn/decoding/fan_out.py", "fork(state.cache.table, leader)", "fork(state.cache.table, (leader + group) % row.size)", FAN_OUT),
@@ -134,6 +135,16 @@ MUTANTS = (
     Mutant("evict: the window is one block short", "paxattn/decoding/eviction.py", "<= table.length[:, None] - self.window + 1", "<= table.length[:, None] - self.window + 5", EVICTION + "::test_sinks_and_window_hold_what_they_say"),
     Mutant("evict: blocks are not released", "paxattn/decoding/eviction.py", "release(table.blocks, jnp.where(out, table.pages, NULL))", "table.blocks", EVICTION),
     Mutant("evict: a page that fills may go", "paxattn/decoding/eviction.py", "jnp.where(full & (table.pages != NULL)", "jnp.where((table.pages != NULL)", EVICTION + "::test_a_shared_block_stays_with_its_other_holders"),
+    Mutant("mesh: tokens of a slice count from zero", "paxattn/decoding/vocabulary.py", "(mine.token + offset(scores))", "mine.token", MESH.format("generate (1, 8)")),
+    Mutant("mesh: sums of slices are not rescaled", "paxattn/decoding/vocabulary.py", "jnp.sum(totals * jnp.exp(tops - top), axis=0)", "jnp.sum(totals, axis=0)", MESH.format("beams (2, 4)")),
+    Mutant("mesh: candidates of a slice count from zero", "paxattn/decoding/vocabulary.py", "token + offset(scores), logprob", "token, logprob", MESH.format("beams (2, 4)")),
+    Mutant("mesh: greedy gathers the logits", "paxattn/decoding/sampling.py", "plain = found.token, found.top", "plain = peak(whole(logits)).token, found.top", MESH.format("collectives")),
+    Mutant("mesh: the embedding's slice starts at zero", "models/layers.py", "tokens - jax.lax.axis_index(axis) * embed.shape[0]", "tokens", MESH.format("generate (1, 8)")),
+    Mutant("mesh: a bias on every device", "models/llama.py", "return (out + self.out_bias[...] if config.attention_bias else out), kv", "return (out + total(self.out_bias[...], self.axis) if config.attention_bias else out), kv", MESH.format("biases")),
+    Mutant("mesh: repeated heads out of order", "models/sharding.py", "jnp.repeat(qkv[..., -2:, :], times, axis=-3)", "jnp.concatenate([qkv[..., -2:, :]] * times, axis=-3)", MESH.format("generate (1, 8)")),
+    Mutant("mesh: repeated heads of a file out of order", "models/load.py", "np.repeat(k, times, axis=0)", "np.concatenate([k] * times)", MESH.format("files")),
+    Mutant("mesh: keys follow the hand", "paxattn/mesh.py", "(key, jnp.arange(count))", "(key, jnp.arange(count) // 2)", MESH.format("sampling (2, 4)")),
+    Mutant("mesh: answers in the order of the hands", "paxattn/mesh.py", "*x.shape[2:]).swapaxes(0, 1)", "*x.shape[2:])", MESH.format("generate (2, 4)")),
     Mutant("an idle token's key is written", "pallas_kernels/rope.py", "live = token < query_start_ref[query_start.size - 1]", "live = token >= 0", SMALL),
     Mutant("a key is written without its turn", "pallas_kernels/rope.py", "k_pool[block, kv_head, slot, :] = apply_rope(qkv[token, kv_head, group, :], angles)", "k_pool[block, kv_head, slot, :] = qkv[token, kv_head, group, :]", SMALL),
     Mutant("a norm over the filled-up row", "pallas_kernels/add_norm.py", "jnp.sum(wide * wide) / embed", "jnp.sum(wide * wide) / width", SMALL),
@@ -167,6 +178,7 @@ def caught(mutant: Mutant) -> tuple[bool, str]:
         tree = Path(scratch)
         for part in ("paxattn", "pallas_kernels", "models", "tests"):
             shutil.copytree(ROOT / part, tree / part, ignore=shutil.ignore_patterns("__pycache__", "golden"))
+        (tree / "tests" / "golden").symlink_to(ROOT / "tests" / "golden")
         shutil.copy(ROOT / "pyproject.toml", tree)
         file = tree / mutant.file
         text = file.read_text()

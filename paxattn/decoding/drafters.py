@@ -16,6 +16,7 @@ from paxattn.cache import Cache, extend
 from paxattn.decoding.model import Model
 from paxattn.decoding.sampling import DRAFT, draw, penalise, pick, scores, stream
 from paxattn.decoding.step import State, share
+from paxattn.decoding.vocabulary import size, whole
 from paxattn.pages import truncate
 from paxattn.typing import Array, Float32, Int32, static, struct
 
@@ -153,10 +154,11 @@ def _guess(logits, sampling, tokens, known):
     """A token a row and the distribution that it was drawn from; zeros where no row samples."""
 
     def sample():
-        drawn_from = scores(penalise(logits, sampling, tokens, known), sampling)
+        drawn_from = scores(penalise(whole(logits), sampling, tokens, known), sampling)
         return draw(drawn_from, sampling, known), jax.nn.softmax(drawn_from, axis=-1)
 
     def greedy():
-        return pick(logits, sampling, tokens, known)[0], jnp.zeros(logits.shape, jnp.float32)
+        token, _ = pick(logits, sampling, tokens, known)
+        return token, jnp.zeros((token.size, size(logits)), jnp.float32)
 
     return jax.lax.cond(jnp.any(sampling.temperature > 0), sample, greedy)

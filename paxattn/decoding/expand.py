@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from paxattn.cache import Cache
 from paxattn.decoding.model import Model
 from paxattn.decoding.step import Finish, State
+from paxattn.decoding.vocabulary import Scores, best, local, log_softmax, peak
 from paxattn.pages import fork
 from paxattn.typing import Array, Bool, Float, Float32, Int32, static, struct
 
@@ -57,11 +58,12 @@ def expand(model: Model, search: Search, newest: Float[Array, "B E"]) -> Search:
     """One step of the search proper: candidates, hypotheses that end, beams that go on."""
     rows, (prompts, k) = search.rows, search.score.shape
     logits = model.logits(newest)
-    sick = jnp.isnan(logits).reshape(prompts, -1).any(axis=1)
+    found = peak(logits)
+    sick = jnp.isnan(found.top).reshape(prompts, k).any(axis=1)
     running = rows.running.reshape(prompts, k)[:, 0]  # the beams of a prompt begin and end together
     alive = running & ~sick
 
-    candidates, parent = _candidates(search, jax.nn.log_softmax(logits))
+    candidates, parent = _candidates(search, log_softmax(logits, found))
     has_ended = candidates.finish != Finish.RUNNING
     live, at = candidates.best(jnp.where(has_ended, candidates.score + NEVER, candidates.score), k)
     ended = _keep(search, candidates, has_ended & alive[:, None])
@@ -84,22 +86,24 @@ def expand(model: Model, search: Search, newest: Float[Array, "B E"]) -> Search:
     return dataclasses.replace(search, rows=rows, score=live.score, ended=ended)
 
 
-def _candidates(search: Search, logprob: Float32[Array, "B V"]) -> tuple[Hypotheses, Int32[Array, "R c"]]:
+def _candidates(search: Search, logprob: Scores) -> tuple[Hypotheses, Int32[Array, "R c"]]:
     """The best continuations by one token of each prompt's beams together, best first, and the rows they continue.
 
     Of c = (1 + eos ids) * k, and 2 * k at least, k or more do not end: a beam has one candidate an eos id.
     """
     rows, (prompts, k) = search.rows, search.score.shape
-    score = logprob.reshape(prompts, k, -1) + search.score[:, :, None]
+    values, first = local(logprob), jnp.arange(prompts)[:, None] * k
+    score = values.reshape(prompts, k, -1) + search.score[:, :, None]
     score, at = top_k(score.reshape(prompts, -1), max(2, 1 + rows.eos.size) * k)
-    parent = jnp.arange(prompts)[:, None] * k + at // logprob.shape[1]
-    token = at % logprob.shape[1]
+    beam, token = at // values.shape[1], at % values.shape[1]
+    score, beam, token, new = best(logprob, score, beam, token, values[first + beam, token])
+    parent = first + beam
     place = (*jnp.indices(at.shape), rows.known[parent])
     length = rows.known[parent] + 1
     at_limit = jnp.where(length >= rows.limit[parent], Finish.LENGTH, Finish.RUNNING)
     candidates = Hypotheses(
         rows.tokens[parent].at[place].set(token, mode="drop"),
-        rows.logprobs[parent].at[place].set(logprob[parent, token], mode="drop"),
+        rows.logprobs[parent].at[place].set(new, mode="drop"),
         score,
         length,
         jnp.where((token[..., None] == rows.eos).any(axis=-1), Finish.STOP, at_limit).astype(jnp.int32),

@@ -8,7 +8,8 @@ The library knows no network. A toy of ten lines serves as well as a Llama (see 
 from typing import Protocol
 
 from paxattn.cache import KV, CacheSpec, Plan
-from paxattn.typing import Array, Float, Float32, Int32
+from paxattn.decoding.vocabulary import Scores
+from paxattn.typing import Array, Float, Int32
 
 
 class Model(Protocol):
@@ -30,6 +31,6 @@ class Model(Protocol):
         """Feeds a step's tokens; writes their keys and values; gives their hidden states."""
         ...
 
-    def logits(self, hidden: Float[Array, "n E"]) -> Float32[Array, "n V"]:
-        """Scores of the next token for any selection of hidden states."""
+    def logits(self, hidden: Float[Array, "n E"]) -> Scores:
+        """Scores of the next token for any selection of hidden states: [n, V], or a `Slice` of it on a mesh."""
         ...

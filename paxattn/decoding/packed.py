@@ -13,7 +13,8 @@ import jax
 
 from paxattn.cache import KV, CacheSpec, Plan
 from paxattn.decoding.model import Model
-from paxattn.typing import Array, Float, Float32, Int32, static, struct
+from paxattn.decoding.vocabulary import Scores
+from paxattn.typing import Array, Float, Int32, static, struct
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -58,7 +59,7 @@ class Packed:
         """What the model does."""
         return self.whole(tokens, plan, layers)
 
-    def logits(self, hidden: Float[Array, "n E"]) -> Float32[Array, "n V"]:
+    def logits(self, hidden: Float[Array, "n E"]) -> Scores:
         """What the model says."""
         return self.whole.logits(hidden)
 

@@ -14,11 +14,12 @@ import jax
 import jax.numpy as jnp
 
 from paxattn.decoding.sampling import ACCEPT, Sampling, draw, penalise, pick, scores, stream
+from paxattn.decoding.vocabulary import Scores, size, whole
 from paxattn.typing import Array, Bool, Float32, Int32
 
 
 def take(
-    logits: Float32[Array, "n V"],
+    logits: Scores,
     sampling: Sampling,
     tokens: Int32[Array, "B M"],
     at: Int32[Array, "B k+1"],
@@ -43,14 +44,14 @@ def take(
     known, guess, real = at.ravel(), guess.ravel(), real.ravel()
     if probability is None:  # drawing from p and comparing accepts with probability p(guess) = min(1, p / q)
         return pick(logits, each, tokens, known, line)[0].reshape(rows, places)
-    if probability.shape[-1] != logits.shape[-1]:
+    if probability.shape[-1] != size(logits):
         raise ValueError(
-            f"the drafter's vocabulary has {probability.shape[-1]} tokens, the model's {logits.shape[-1]}; "
+            f"the drafter's vocabulary has {probability.shape[-1]} tokens, the model's {size(logits)}; "
             "they must be the same."
         )
 
     def reject():
-        drawn_from = scores(penalise(logits, each, tokens, known, line), each)
+        drawn_from = scores(penalise(whole(logits), each, tokens, known, line), each)
         p = jax.nn.softmax(drawn_from, axis=-1)
         q = jnp.pad(probability, ((0, 0), (0, 1), (0, 0))).reshape(p.shape)
         u = jax.vmap(lambda key, at: jax.random.uniform(jax.random.fold_in(key, at)))(stream(each, ACCEPT).key, known)

@@ -13,6 +13,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from paxattn.decoding.vocabulary import Scores, peak, score_of, whole
 from paxattn.typing import Array, Bool, Float32, Int32, Key, struct
 
 DRAFT, ACCEPT = 2**31, 2**31 + 1
@@ -74,7 +75,7 @@ def sample_keys(key: Key[Array, "R"], n: int) -> Key[Array, "B"]:
 
 
 def pick(
-    logits: Float32[Array, "B V"],
+    logits: Scores,
     sampling: Sampling,
     tokens: Int32[Array, "R M"],
     known: Int32[Array, "B"],
@@ -85,7 +86,7 @@ def pick(
     """The next token of each row, and its log-probability under the model (before any knob).
 
     Args:
-      logits: the model's scores.
+      logits: the model's scores; where they are cut over a mesh axis, rows that use a knob gather them.
       sampling: the knobs.
       tokens: prompt and generated tokens so far, for the repetition penalty.
       known: how many of `tokens` count; also the position that the new token takes.
@@ -95,25 +96,28 @@ def pick(
     Returns:
       Tokens and log-probabilities; NaN logits give a NaN log-probability.
     """
+    found = peak(logits)
 
     def general():
-        penalised = penalise(logits, sampling, tokens, known, line)
-        return jax.lax.cond(
+        every = whole(logits)
+        penalised = penalise(every, sampling, tokens, known, line)
+        token = jax.lax.cond(
             jnp.any(sampling.temperature > 0),
             lambda: draw(scores(penalised, sampling), sampling, known),
-            lambda: _best(penalised),
+            lambda: peak(penalised).token,
         )
+        return token, score_of(every, token)
 
     # Asked in one piece: on a GPU each condition waits for the host.
-    token = _best(logits) if greedy else jax.lax.cond(sampling.is_greedy, lambda: _best(logits), general)
-    return token, logprob(logits, token)
+    plain = found.token, found.top
+    token, score = plain if greedy else jax.lax.cond(sampling.is_greedy, lambda: plain, general)
+    return token, score - found.top - jnp.log(found.total)
 
 
-def logprob(logits: Float32[Array, "B V"], token: Int32[Array, "B"]) -> Float32[Array, "B"]:
+def logprob(logits: Scores, token: Int32[Array, "B"]) -> Float32[Array, "B"]:
     """Log-probability of one token a row under the model; NaN where a logit of the row is."""
-    top = jnp.max(logits, axis=-1)
-    chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
-    return chosen - top - jnp.log(jnp.sum(jnp.exp(logits - top[:, None]), axis=-1))
+    found = peak(logits)
+    return score_of(logits, token) - found.top - jnp.log(found.total)
 
 
 def penalise(
@@ -147,19 +151,12 @@ def draw(scores: Float32[Array, "B V"], sampling: Sampling, known: Int32[Array, 
     """One token a row by the Gumbel-max trick, the noise from fold_in(row's key, position); greedy: the arg-max."""
     noise = jax.vmap(lambda k, at: jax.random.gumbel(jax.random.fold_in(k, at), scores.shape[1:]))
     greedy = (sampling.temperature <= 0)[:, None]
-    return _best(jnp.where(greedy, scores, scores + noise(sampling.key, known)))
+    return peak(jnp.where(greedy, scores, scores + noise(sampling.key, known))).token
 
 
 def stream(sampling: Sampling, which: int) -> Sampling:
     """The same knobs with other noise: DRAFT for what a drafter draws, ACCEPT for the verdict on it."""
     return dataclasses.replace(sampling, key=jax.vmap(lambda key: jax.random.fold_in(key, which))(sampling.key))
-
-
-def _best(logits):
-    """arg-max, the first of equals, as two plain reductions: XLA runs its own on one core of a CPU."""
-    top = jnp.max(logits, axis=-1, keepdims=True)
-    token = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
-    return jnp.min(jnp.where(logits == top, token, logits.shape[1] - 1), axis=-1)
 
 
 def _penalise(logits, penalty, tokens, known):

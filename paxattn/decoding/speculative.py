@@ -157,7 +157,8 @@ def verify(model: Model, state: Speculation, draft: Draft, *, attention: str = "
     fed = plan.query_start[:-1, None] + jnp.minimum(place, jnp.maximum(count[:, None] - 1, 0))
     logits = model.logits(hidden[jnp.minimum(fed, rows * (k + 1) - 1).ravel()])
     taken = take(logits, state.sampling, tokens, at, guess, real, draft.probability)
-    finite = ~jnp.isnan(logits).any(axis=-1).reshape(rows, k + 1)
+    logprobs = logprob(logits, taken.ravel()).reshape(rows, k + 1)
+    finite = ~jnp.isnan(logprobs)
 
     # A place counts when the guess held before it, none of its tokens ended the row, and all scores are numbers.
     ends = (taken[..., None] == state.eos).any(axis=-1)
@@ -171,7 +172,6 @@ def verify(model: Model, state: Speculation, draft: Draft, *, attention: str = "
     ended = jnp.where(sick & (count == 1), Finish.NOT_FINITE, ended)
     ended = jnp.where(picks, ended, jnp.where(status == Status.OK, state.finish, Finish.OUT_OF_BLOCKS))
     ended = jnp.where(state.running, ended, state.finish).astype(jnp.int32)
-    logprobs = logprob(logits, taken.ravel()).reshape(rows, k + 1)
     after = dataclasses.replace(
         state,
         tokens=_put(state.tokens, at, taken, kept),

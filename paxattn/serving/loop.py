@@ -189,7 +189,7 @@ def run(
         service = admit(wake(old), order, watermark)
         count, out = choose(service, rank, budget)
         service = preempt(service, out)
-        decode = sum(jnp.sum(count) <= tokens for tokens in widths).astype(jnp.int32)
+        decode = jnp.sum(jnp.sum(count) <= jnp.array(widths))
         state = jax.lax.switch(jnp.where(jnp.any(count > 1), 0, decode), bodies, service.view(), count)
         new = settle(service, state)
         if not new.trace.size:

@@ -1,0 +1,241 @@
+"""Many devices, one program: data shards that know nothing of each other, model shards that share the work of each.
+
+                 model 0       model 1
+    data 0       heads 0..3    heads 4..7      prompts 0, 2: a page table and an allocator, the same bits twice
+    data 1       heads 0..3    heads 4..7      prompts 1, 3: others, a loop with a trip count of its own
+
+    spread(f, mesh)         is vmap(f) whose lanes are the data shards: what is dealt has a leading axis [D]
+    on_mesh(program, mesh)  deals prompts to lanes like cards, runs the whole program there, joins what comes back
+
+Inside a lane runs the code of one device. A model that can be cut says how (`Cut`); any other is whole on each device.
+No collective crosses the data axis.
+"""
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from paxattn.cache import KV, Cache
+from paxattn.decoding.generate import is_traced
+from paxattn.decoding.model import Model
+from paxattn.serving.queue import Requests
+from paxattn.typing import Array
+
+DATA, MODEL = "data", "model"
+"""The axes of a mesh, in this order."""
+
+_SAME = {"model", "drafter", "steps", "policy", "length_penalty", "eos_token_id"}
+"""Parameters that all lanes are given alike."""
+
+_PER_ROW = {"max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "key"}
+"""Options that may have a value a prompt, and are then dealt with the prompts."""
+
+_POOL, _REST = P(DATA, None, MODEL), P(DATA)  # [D, N, K, S, D] and [D, ...]
+
+
+@runtime_checkable
+class Cut(Protocol):
+    """A model whose parameters are cut over a mesh axis."""
+
+    def specs(self, axis: str, devices: int) -> Any:
+        """The same pytree with a `PartitionSpec` for each array; raises where it cannot be cut into that many."""
+        ...
+
+    def local(self, axis: str) -> Model:
+        """Called on each device with its part of the arrays: the model of that device, its collectives included."""
+        ...
+
+
+def make_mesh(data: int = 1, model: int = 1) -> Mesh:
+    """A mesh of data x model devices, the first ones, those of a model group next to each other.
+
+    Raises:
+      ValueError: there are fewer, or several processes would not all take part.
+    """
+    found, wanted = jax.device_count(), data * model
+    if data < 1 or model < 1 or wanted > found or (jax.process_count() > 1 and wanted < found):
+        raise ValueError(
+            f"a mesh of data={data} x model={model} takes {wanted} devices, at least 1 each way; there are {found} "
+            f"in {jax.process_count()} process(es). Choose other sizes; several processes use all their devices."
+        )
+    return jax.make_mesh((data, model), (DATA, MODEL), axis_types=(AxisType.Auto, AxisType.Auto))
+
+
+def spread(f: Callable, mesh: Mesh) -> Callable:
+    """`f` once for each data shard: a vmap whose lanes are devices, or groups of them along the model axis.
+
+    Arguments with arrays have a leading axis [D], an entry a lane, but for those that all lanes share (model, drafter,
+    steps, policy, length_penalty, eos_token_id); what holds no array is passed on as it is. Results have the leading
+    axis too. Pools are cut over lanes and over KV heads.
+    """
+    signature = inspect.signature(f)
+    gathering = [p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD]
+
+    @functools.wraps(f)
+    def lanes(*args, **options):
+        bound = signature.bind(*args, **options).arguments
+        for name in gathering:
+            bound |= bound.pop(name, {})
+        fixed = {name: value for name, value in bound.items() if not any(map(_is_array, jax.tree.leaves(value)))}
+        same = {name: value for name, value in bound.items() if name not in fixed and name in _SAME}
+        dealt = _split({name: value for name, value in bound.items() if name not in fixed | same})
+        shape = []
+
+        def lane(same, pools, rest):
+            mine = jax.tree.map(lambda x: jnp.squeeze(x, 0), dealt.rebuild(pools, rest))
+            out = _split(f(**fixed, **_local(same), **mine))
+            shape.append(out)
+            return jax.tree.map(lambda x: jnp.asarray(x)[None], (out.pools, out.rest))
+
+        specs = {"in_specs": (_specs(same, mesh.shape[MODEL]), _POOL, _REST), "out_specs": (_POOL, _REST)}
+        run = jax.jit(jax.shard_map(lane, mesh=mesh, check_vma=False, **specs))
+        pools, rest = run(same, dealt.pools, dealt.rest)
+        return shape[-1].rebuild(pools, rest)
+
+    return lanes
+
+
+def on_mesh(program: Callable, mesh: Mesh) -> Callable:
+    """`generate`, `beam_search`, `speculate` or `serve` over a mesh: the same call, ready for `jax.jit`.
+
+    Prompts (or requests) and options with a value a prompt are dealt to the data shards like cards; the sizes
+    max_num_seqs, num_blocks and max_num_batched_tokens are those of one shard. Rows come back in the order of the
+    prompts, on every device. What belongs to a shard (status, stats, trace, cache) keeps a leading axis [D], so that
+    `jax.vmap(pax.violations)` looks at every page table.
+
+    Args:
+      program: one of the four.
+      mesh: axes "data" and "model", see `make_mesh`; its model is to be cut by `models.shard` or `models.load`.
+
+    Raises:
+      ValueError: what the program itself refuses.
+    """
+    lanes = spread(program, mesh)
+
+    @functools.wraps(program)
+    def run(model, *rows, **options):
+        if not any(map(is_traced, jax.tree.leaves((rows, options)))):
+            jax.eval_shape(lambda: program(model, *rows, **options))  # refuses on the host what a lane cannot see
+            options |= _room(rows, options)
+        count = jax.tree.leaves(rows)[0].shape[0]
+        dealt = deal((rows, _per_prompt(options, count)), mesh.shape[DATA])
+        return join(lanes(model, *dealt[0], **options | dealt[1]), mesh, count)
+
+    return run
+
+
+def deal(tree: Any, shards: int) -> Any:
+    """Arrays with a line a prompt [R, ...] as hands of equal length [D, n, ...], dealt like cards.
+
+    The last prompt fills up the last hands; requests that do so end before they begin.
+    """
+    count = jax.tree.leaves(tree)[0].shape[0]
+    at = _cards(count, shards)
+
+    def hand(node):
+        node = jax.tree.map(lambda x: jnp.asarray(x)[np.minimum(at, count - 1)], node)
+        if not isinstance(node, Requests):
+            return node
+        return dataclasses.replace(node, prompt_length=jnp.where(at < count, node.prompt_length, 0))
+
+    return jax.tree.map(hand, tree, is_leaf=lambda node: isinstance(node, Requests))
+
+
+def join(tree: Any, mesh: Mesh, count: int) -> Any:
+    """Undoes `deal` in what lanes gave back: fields whose letters begin with B or R have lines, several a prompt maybe.
+
+    All but caches is then on every device, so that each process can read it.
+    """
+    shards = mesh.shape[DATA]
+    hand = -(-count // shards)
+
+    def everywhere(x):
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P()))
+
+    def lines(x):  # [D, hand * group, ...] -> [count * group, ...]
+        cards = x.reshape(shards, hand, -1, *x.shape[2:]).swapaxes(0, 1)
+        return everywhere(cards.reshape(-1, *x.shape[2:])[: count * cards.shape[2]])
+
+    def whole(node):
+        if isinstance(node, Cache):
+            return node
+        if not dataclasses.is_dataclass(node) or isinstance(node, type):
+            return tuple(map(whole, node)) if isinstance(node, tuple) else everywhere(node)
+        fields = {f.name: f for f in dataclasses.fields(node) if not f.metadata.get("static")}
+        has_lines = {name: getattr(f.type, "dim_str", "")[:1] in ("B", "R") for name, f in fields.items()}
+        parts = {name: getattr(node, name) for name in fields}
+        return dataclasses.replace(
+            node, **{name: jax.tree.map(lines, x) if has_lines[name] else whole(x) for name, x in parts.items()}
+        )
+
+    return whole(tree)
+
+
+def _cards(count: int, shards: int) -> np.ndarray:
+    """Which line each place of each hand has, [D, n]; those past the last line fill up."""
+    hand = -(-count // shards)
+    return np.arange(hand) * shards + np.arange(shards)[:, None]
+
+
+def _per_prompt(options: dict, count: int) -> dict:
+    """Options that are arrays, one value a prompt; a prompt's key depends on its number, not on its lane."""
+    given = {name: x for name, x in options.items() if name in _PER_ROW and _is_array(x)}
+    if "temperature" in options:
+        key = given.get("key", jax.random.key(0))
+        given["key"] = key if key.ndim else jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(count))
+    return {name: jnp.broadcast_to(x, (count,)) for name, x in given.items()}
+
+
+def _room(rows: tuple, options: dict) -> dict[str, int]:
+    """max_model_len where it would follow from values, which a lane cannot see."""
+    new = options.get("max_new_tokens", 0)
+    if "max_model_len" in options or not (isinstance(rows[0], Requests) or _is_array(new)):
+        return {}
+    if isinstance(rows[0], Requests):
+        return {"max_model_len": int(np.max(np.asarray(rows[0].prompt_length) + np.asarray(rows[0].max_new_tokens)))}
+    return {"max_model_len": rows[0].shape[1] + int(np.max(new))}
+
+
+def _is_array(x: Any) -> bool:
+    return isinstance(x, (jax.Array, np.ndarray, np.generic))
+
+
+def _is_cut(node: Any) -> bool:
+    return isinstance(node, Cut)
+
+
+def _specs(tree: Any, devices: int) -> Any:
+    return jax.tree.map(lambda node: node.specs(MODEL, devices) if _is_cut(node) else P(), tree, is_leaf=_is_cut)
+
+
+def _local(tree: Any) -> Any:
+    return jax.tree.map(lambda node: node.local(MODEL) if _is_cut(node) else node, tree, is_leaf=_is_cut)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Split:
+    """A pytree taken apart into pools, which are cut over the model axis too, and all else."""
+
+    pools: list[KV]
+    rest: list[Array]
+    nodes: list[Any]
+    structure: Any
+
+    def rebuild(self, pools, rest):
+        pools, rest = iter(pools), iter(rest)
+        nodes = [next(pools) if isinstance(node, KV) else next(rest) for node in self.nodes]
+        return jax.tree.unflatten(self.structure, nodes)
+
+
+def _split(tree: Any) -> _Split:
+    nodes, structure = jax.tree.flatten(tree, is_leaf=lambda node: isinstance(node, KV))
+    pools, rest = ([n for n in nodes if isinstance(n, KV) == held] for held in (True, False))
+    return _Split(pools, rest, [n if isinstance(n, KV) else None for n in nodes], structure)
