@@ -22,7 +22,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from tqdm.auto import tqdm
 
 from paxattn.ablation import pool, runs
 from paxattn.ablation.pool import PoolRun
@@ -68,6 +67,8 @@ def ablate(
       ValueError: unknown fields, values that no run can have, or a file of another form.
       TokensDifferError: see `exact`; the rows are saved before.
     """
+    from tqdm.auto import tqdm  # the rest of paxattn does without
+
     is_model = hasattr(subject, "cache_spec")
     todo = list(combinations(ModelRun if is_model else PoolRun, options))
     known = {"subject": fingerprint(subject), "device": jax.devices()[0].device_kind}
