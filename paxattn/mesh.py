@@ -90,7 +90,8 @@ def spread(f: Callable, mesh: Mesh) -> Callable:
         shape = []
 
         def lane(same, pools, rest):
-            mine = jax.tree.map(lambda x: jnp.squeeze(x, 0), dealt.rebuild(pools, rest))
+            given = jax.tree.map(lambda x: jnp.squeeze(x, 0), (pools, rest))
+            mine = dealt.rebuild(*given, lambda shape: shape[1:])
             out = _split(f(**fixed, **_local(same), **mine))
             shape.append(out)
             return jax.tree.map(lambda x: jnp.asarray(x)[None], (out.pools, out.rest))
@@ -98,7 +99,7 @@ def spread(f: Callable, mesh: Mesh) -> Callable:
         specs = {"in_specs": (_specs(same, mesh.shape[MODEL]), _POOL, _REST), "out_specs": (_POOL, _REST)}
         run = jax.jit(jax.shard_map(lane, mesh=mesh, check_vma=False, **specs))
         pools, rest = run(same, dealt.pools, dealt.rest)
-        return shape[-1].rebuild(pools, rest)
+        return shape[-1].rebuild(pools, rest, lambda shape: (mesh.shape[DATA], *shape))
 
     return lanes
 
@@ -222,20 +223,28 @@ def _local(tree: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class _Split:
-    """A pytree taken apart into pools, which are cut over the model axis too, and all else."""
+    """A pytree taken apart into pools, which are cut over the model axis too, arrays without an element, and all else.
+
+    The empty ones (no eos ids, no trace) stay out of the `shard_map`: XLA of JAX 0.11 crashes on them.
+    """
 
     pools: list[KV]
     rest: list[Array]
-    nodes: list[Any]
+    empty: list[jax.ShapeDtypeStruct]
+    kinds: list[str]
     structure: Any
 
-    def rebuild(self, pools, rest):
-        pools, rest = iter(pools), iter(rest)
-        nodes = [next(pools) if isinstance(node, KV) else next(rest) for node in self.nodes]
-        return jax.tree.unflatten(self.structure, nodes)
+    def rebuild(self, pools, rest, shape: Callable[[tuple], tuple]):
+        """The tree again; `shape` adds the leading axis to an empty array's, or takes it away."""
+        empty = [jnp.zeros(shape(x.shape), x.dtype) for x in self.empty]
+        parts = {"pools": iter(pools), "rest": iter(rest), "empty": iter(empty)}
+        return jax.tree.unflatten(self.structure, [next(parts[kind]) for kind in self.kinds])
 
 
 def _split(tree: Any) -> _Split:
     nodes, structure = jax.tree.flatten(tree, is_leaf=lambda node: isinstance(node, KV))
-    pools, rest = ([n for n in nodes if isinstance(n, KV) == held] for held in (True, False))
-    return _Split(pools, rest, [n if isinstance(n, KV) else None for n in nodes], structure)
+    kinds = ["pools" if isinstance(node, KV) else "rest" if node.size else "empty" for node in nodes]
+    pools, rest, empty = (
+        [node for node, its in zip(nodes, kinds, strict=True) if its == kind] for kind in ("pools", "rest", "empty")
+    )
+    return _Split(pools, rest, [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in empty], kinds, structure)

@@ -26,7 +26,7 @@ from paxattn.decoding.eviction import Eviction
 from paxattn.decoding.fan_out import fan_out
 from paxattn.decoding.model import Model
 from paxattn.decoding.sampling import Sampling, sample_keys
-from paxattn.decoding.step import Finish, State, Stats, advance
+from paxattn.decoding.step import Finish, State, Stats, advance, end_ids
 from paxattn.sharing import COLUMNS
 from paxattn.status import Status
 from paxattn.typing import Array, Float32, Int32, struct
@@ -169,7 +169,7 @@ def start(
         prompt_length=rows(prompt_length),
         limit=rows(prompt_length + jnp.asarray(max_new_tokens, jnp.int32)),
         finish=jnp.full(prompts * num_return_sequences, jnp.int32(Finish.RUNNING)),
-        eos=jnp.atleast_1d(jnp.asarray(eos_token_id, jnp.int32)),
+        eos=end_ids(eos_token_id),
         sampling=dataclasses.replace(jax.tree.map(rows, sampling), key=sample_keys(sampling.key, num_return_sequences)),
         status=jnp.int32(Status.OK),
         stats=Stats.zeros(),

@@ -73,6 +73,12 @@ class Stats:
         )
 
 
+def end_ids(eos_token_id) -> Int32[Array, "eos"]:
+    """The ids that end a row; where there are none, one that no token has: XLA of JAX 0.11 fails on empty arrays."""
+    ids = jnp.atleast_1d(jnp.asarray(eos_token_id, jnp.int32))
+    return ids if ids.size else jnp.full(1, -1, jnp.int32)
+
+
 @struct
 class State:
     """A batch in flight. Row b's text is line `line[b]` of the buffers: line b, unless a queue deals them out."""

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from paxattn.cache import Cache
-from paxattn.decoding.step import Finish, State, Stats
+from paxattn.decoding.step import Finish, State, Stats, end_ids
 from paxattn.pages import PageTable, free
 from paxattn.serving.queue import NEVER, Queue
 from paxattn.status import Status
@@ -42,7 +42,7 @@ class Service:
             queue=queue,
             line=jnp.full(cache.table.num_rows, queue.size, jnp.int32),
             cache=cache,
-            eos=jnp.atleast_1d(jnp.asarray(eos_token_id, jnp.int32)),
+            eos=end_ids(eos_token_id),
             now=jnp.int32(0),
             status=jnp.int32(Status.OK),
             stats=Stats.zeros(),
