@@ -45,7 +45,7 @@ _stop = jax.jit(pax.stop, donate_argnums=0)
 
 
 @functools.partial(jax.jit, static_argnames=("budget", "attention"))
-def _score(model: Llama, cache: pax.Cache, tokens: jax.Array, count: jax.Array, budget: int, attention: str):
+def _score(model: pax.Model, cache: pax.Cache, tokens: jax.Array, count: jax.Array, budget: int, attention: str):
     cache, plan, status = pax.extend(cache, count, budget=budget, attention=attention)
     hidden, _ = model(tokens, plan, cache.layers)
     return model.logits(hidden), status
@@ -59,6 +59,11 @@ class LM:
     tokenizer: Tokenizer | None
     name: str
     mesh: jax.sharding.Mesh | None = None
+
+    @functools.cached_property
+    def _packed(self) -> pax.Model:
+        """What jitted programs are given: the model as it lies on its mesh, or packed, as they are called often."""
+        return self.model if self.mesh is not None else pax.pack(self.model)
 
     def encode(self, prompt: Prompt, *, chat: bool | None = None) -> list[int]:
         """Token ids of a prompt: text through the chat template (by default where there is one), ids as they are."""
@@ -117,7 +122,7 @@ class LM:
         defaults = {"seed": 0, "block_size": 16, "num_blocks": None, "attention": "auto"}
         defaults |= {"max_num_batched_tokens": MAX_NUM_BATCHED_TOKENS, "steps": steps or 8}
         options = defaults | options
-        run = answer_many(self.model, batch, eos_token_id=eos, max_num_seqs=max_num_seqs, watch=watch, **options)
+        run = answer_many(self._packed, batch, eos_token_id=eos, max_num_seqs=max_num_seqs, watch=watch, **options)
         return Run(run.outputs, run.stats | {"sharing_saving": saving(run.stats)})
 
     def _encode_all(self, prompts, chat, max_new_tokens, max_num_seqs, stop_strings, steps) -> list[list[int]]:
@@ -181,7 +186,7 @@ class LM:
         spec, blocks = self.model.cache_spec, 1 + -(-width // block_size)
         cache = pax.Cache.create(spec, num_blocks=blocks, block_size=block_size, max_num_seqs=1, max_model_len=width)
         tokens = jnp.asarray(ids, jnp.int32)
-        logits, status = _score(self.model, cache, tokens, jnp.array([width]), width, attention)
+        logits, status = _score(self._packed, cache, tokens, jnp.array([width]), width, attention)
         pax.check(status)
         return logits
 
@@ -258,7 +263,7 @@ class LM:
             budget = pax.prefill_budget((lanes.hand, width), max_num_batched_tokens)
             prompts = [tokens for tokens in rows for _ in range(group)]
             batch = Batch(self.tokenizer, prompts, max_new_tokens, tuple(stop_strings), eos_set(eos), group)
-            given = self.model, *lanes.deal((jnp.asarray(ids), jnp.array(list(map(len, rows)), jnp.int32)))
+            given = self._packed, *lanes.deal((jnp.asarray(ids), jnp.array(list(map(len, rows)), jnp.int32)))
             size = pool_size(lanes.hand, width, new, group, block_size, width + new)
             sizes: dict[str, Any] = {
                 "max_new_tokens": lanes.deal(jnp.full(len(rows), max_new_tokens, jnp.int32)),
@@ -271,17 +276,19 @@ class LM:
                 sizes["trace"] = -(-lanes.hand * width // budget) + new
             if search:
                 begun = over(beam.begin, self.mesh)(*given, **search, **sizes)
-                yield from beams.drive(self.model, begun, batch, num_return_sequences, budget, attention, steps, lanes)
+                yield from beams.drive(
+                    self._packed, begun, batch, num_return_sequences, budget, attention, steps, lanes
+                )
                 continue
             keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(first, first + len(rows)))
             sizes |= {"num_return_sequences": num_return_sequences, "key": lanes.deal(keys)}
             state = over(pax.start, self.mesh)(*given, **sizes, **sampling)
             if group > 1:
                 fan_out = over(_fan_out, self.mesh)
-                state = fan_out(self.model, state, group=group, budget=budget, attention=attention)
+                state = fan_out(self._packed, state, group=group, budget=budget, attention=attention)
             if guesser is not None:
                 state = over(speculative.begin, self.mesh)(guesser, state, k=k)
-            advance = functools.partial(turn, self.model, budget=budget, attention=attention)
+            advance = functools.partial(turn, self._packed, budget=budget, attention=attention)
             yield from _drive(advance, state, batch, steps, lanes)
 
 
