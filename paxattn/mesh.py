@@ -90,8 +90,8 @@ def spread(f: Callable, mesh: Mesh) -> Callable:
         shape = []
 
         def lane(same, pools, rest):
-            given = jax.tree.map(lambda x: jnp.squeeze(x, 0), (pools, rest))
-            mine = dealt.rebuild(*given, lambda shape: shape[1:])
+            pools, rest = jax.tree.map(lambda x: jnp.squeeze(x, 0), (pools, rest))
+            mine = dealt.rebuild(pools, rest, lambda shape: shape[1:])
             out = _split(f(**fixed, **_local(same), **mine))
             shape.append(out)
             return jax.tree.map(lambda x: jnp.asarray(x)[None], (out.pools, out.rest))
