@@ -8,7 +8,7 @@ STAMP  := $(VENV)/.installed
 
 DEMO   = generate "The capital of France is" "Once upon a time" "Water boils at" "def fibonacci(n):" \
          --no-chat --max-new-tokens 48 --show-pages
-PYTEST_ARGS ?= -n 2 --dist loadfile
+PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 BENCH_ARGS  ?=
 GPU_PYTHON  ?=
 
