@@ -76,7 +76,7 @@ def held_by_others(service, count):
     return dataclasses.replace(service, cache=pax.Cache(table, service.cache.layers))
 
 
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=25)
 @given(st.data())
 def test_who_sits_where_and_when_is_unobservable(data):
     """Any requests, in any lines and order, through any pool that holds the largest, in chunks of any length."""
