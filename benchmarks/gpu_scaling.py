@@ -110,7 +110,8 @@ def measure(side: str, options: argparse.Namespace) -> list[dict]:
     requests = workload(options.requests, options.low, options.high, config.vocab_size)
     rows = Lanes(mesh, options.requests).hand
     block = 16 * model.cache_spec.bytes_per_token // (1 if mesh is None else mesh.shape["model"])
-    blocks = blocks_for(rows, options.high, 16, block, 0.8)
+    weights = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(model))
+    blocks = blocks_for(weights, rows, options.high, 16, block, 0.8)
     budget = max(BUDGET[options.shapes], rows)
     bench = Bench(model, requests, rows, blocks, 16, budget, options.attention, mesh=mesh)
     with ThreadPoolExecutor() as pool:

@@ -8,13 +8,15 @@
 """
 
 import argparse
+import dataclasses
+import functools
 import gc
 import json
 
 import jax
+import programs
 import record
 
-from models.llama import random_llama
 from models.serve_bench import Bench, workload
 from models.shapes import CONFIGS
 
@@ -31,36 +33,39 @@ run in two calls, the first as long as the steps that fed prompts. Prompts are r
 """
 
 
-def blocks_for(bench_rows: int, high: int, block_size: int, bytes_per_block: int, share: float) -> int:
-    """Enough for all rows, or the given share of the memory that is free."""
-    enough = 1 + bench_rows * -(-2 * high // block_size)
+def blocks_for(weights: int, rows: int, high: int, block_size: int, bytes_per_block: int, share: float) -> int:
+    """Enough for all rows, or the given share of the memory that `weights` bytes leave."""
+    enough = 1 + rows * -(-2 * high // block_size)
     stats = jax.devices()[0].memory_stats() or {}
     if "bytes_limit" not in stats:
         return enough
-    return min(enough, int(share * (stats["bytes_limit"] - stats["bytes_in_use"])) // bytes_per_block)
+    return min(enough, int(share * (stats["bytes_limit"] - weights)) // bytes_per_block)
 
 
-def measure(name: str, options: argparse.Namespace, attention: str) -> dict:
-    """One model: compile, warm, repeat, split."""
-    config = CONFIGS[name]
-    make = jax.jit(lambda key: random_llama(config, key, options.dtype))
-    model = jax.block_until_ready(make(jax.random.key(0)))
-    requests = workload(options.requests, options.low, options.high, config.vocab_size)
+def bench_of(name: str, options: argparse.Namespace) -> Bench:
+    """The workload on the shapes of a model, before there are arrays."""
+    model = programs.model_shapes(CONFIGS[name], options.dtype)
+    requests = workload(options.requests, options.low, options.high, model.vocab_size)
+    weights = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(model))
     block = model.cache_spec.bytes_per_token * options.block_size
-    blocks = blocks_for(options.requests, options.high, options.block_size, block, 0.85)
-    budget = options.max_num_batched_tokens or BUDGET[name]
-    bench = Bench(model, requests, options.requests, blocks, options.block_size, budget, attention, options.trace)
+    blocks = blocks_for(weights, options.requests, options.high, options.block_size, block, 0.85)
+    sizes = options.requests, blocks, options.block_size, options.max_num_batched_tokens or BUDGET[name]
+    return Bench(model, requests, *sizes, options.attention, options.trace)
+
+
+def measure(name: str, bench: Bench, program: jax.stages.Compiled, repeats: int) -> dict:
+    """One model: warm, repeat, split."""
     runs = []
-    for turn in range(1 + options.repeats):  # the first warms
-        service, spans = bench.measure([EVERYTHING])
+    for turn in range(1 + repeats):  # the first warms
+        service, spans = bench.measure([EVERYTHING], program=program)
         figures = bench.figures(service, spans)
-        runs += [figures["seconds"]] if turn or not options.repeats else []
+        runs += [figures["seconds"]] if turn or not repeats else []
         del service
     seconds = record.summary(runs)
-    service, spans = bench.measure([figures["prefill_steps"], EVERYTHING])
+    _, spans = bench.measure([figures["prefill_steps"], EVERYTHING], program=program)
     (prompts, _), (decode, _) = spans if len(spans) == 2 else (spans[0], (0.0, 0))
     rate, peer = figures["output_tokens"] / seconds["median"], VLLM.get(name)
-    line = {
+    return {
         "model": name,
         "seconds": seconds,
         "output_tokens": figures["output_tokens"],
@@ -69,18 +74,15 @@ def measure(name: str, options: argparse.Namespace, attention: str) -> dict:
         "times_vllm": rate / peer if peer else None,
         "preemptions": figures["preemptions"],
         "peak_blocks": figures["peak_blocks"],
-        "num_blocks": blocks,
-        "max_num_batched_tokens": budget,
-        "attention": attention,
-        "trace": options.trace,
+        "num_blocks": bench.num_blocks,
+        "max_num_batched_tokens": bench.max_num_batched_tokens,
+        "attention": bench.attention,
+        "trace": bench.trace,
         "phases": {
             "prompts": {"seconds": prompts, "steps": figures["prefill_steps"], "tokens": figures["prompt_tokens"]},
             "decode": {"seconds": decode, "steps": figures["steps"] - figures["prefill_steps"]},
         },
     }
-    del service, bench, model
-    gc.collect()
-    return line
 
 
 def table(lines: list[dict]) -> str:
@@ -118,15 +120,21 @@ def main() -> None:
     options = parser.parse_args()
     if options.tiny:
         options.models, options.requests, options.low, options.high, options.dtype = ["tiny"], 8, 5, 40, "float32"
-    lines = []
-    for name in options.models:
-        lines.append(measure(name, options, options.attention))
+    benches = {name: bench_of(name, options) for name in options.models}
+    makes = {(name, "run"): bench.lower for name, bench in benches.items()}
+    makes |= {(name, "make"): functools.partial(programs.lower_maker, CONFIGS[name], options.dtype) for name in benches}
+    compiled, lines = programs.side_by_side(makes), []
+    for name, bench in benches.items():
+        bench = dataclasses.replace(bench, model=programs.make(compiled[name, "make"]))
+        lines.append(measure(name, bench, compiled[name, "run"], options.repeats))
+        del bench
+        gc.collect()
+        if options.save:  # after each model: a run that is cut leaves what it has
+            folder = "h100" if "H100" in jax.devices()[0].device_kind else None
+            record.write("serving", lines, method=METHOD, folder=folder)
         print(table(lines[-1:]) if not options.json else "", flush=True)
     document = record.document("serving", lines, method=METHOD)
     print(json.dumps(document, indent=1) if options.json else table(lines))
-    if options.save:
-        folder = "h100" if "H100" in jax.devices()[0].device_kind else None
-        print(record.write("serving", lines, method=METHOD, folder=folder))
 
 
 if __name__ == "__main__":

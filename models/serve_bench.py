@@ -95,28 +95,33 @@ class Bench:
         service = open_service(model, lines=line.size, **{name: getattr(self, name) for name in names})
         return dataclasses.replace(service, queue=put(service.queue, requests, line, line, most(service)))
 
-    @functools.cached_property
-    def program(self):
-        """(model, service, steps) -> service, compiled."""
+    def lower(self) -> jax.stages.Lowered:
+        """(model, service, steps) -> service; `model` may be shapes alone where there is no mesh."""
         budget = mixed_budget(self.max_num_batched_tokens, self.max_num_seqs)
 
         def advance(model, service, steps):
             return run(model, service, budget=budget, policy=pax.Policy(), steps=steps, attention=self.attention)
 
-        lowered = jax.jit(self._spread(advance), donate_argnums=1).lower(self.model, self.start(), jnp.int32(1))
-        return lowered.compile()
+        service = jax.eval_shape(self._begin, self.model, self.requests) if self.mesh is None else self.start()
+        return jax.jit(self._spread(advance), donate_argnums=1).lower(self.model, service, jnp.int32(1))
 
-    def measure(self, steps, watch=lambda service, seconds: None):
+    @functools.cached_property
+    def program(self) -> jax.stages.Compiled:
+        """What `lower` gives, compiled."""
+        return self.lower().compile()
+
+    def measure(self, steps, watch=lambda service, seconds: None, program: jax.stages.Compiled | None = None):
         """Serves everything.
 
         Args:
           steps: steps of each call of the program, an iterable; the last ones may find nothing to do.
           watch: called with the service after each call, and the seconds so far.
+          program: what `lower` gave, where it was compiled elsewhere.
 
         Returns:
           The service at the end, and for each call its seconds and the steps that fed prompts.
         """
-        program, service, spans = self.program, self.start(), []
+        program, service, spans = program or self.program, self.start(), []
         for more in steps:
             before = _most(service.stats.prefill_steps)
             started = time.perf_counter()
