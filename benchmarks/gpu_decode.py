@@ -48,11 +48,12 @@ def lower(model, rows: int, prompt: int, new: int, attention: str) -> dict:
     budget = pax.prefill_budget((rows, prompt), BUDGET)
     limits = {"max_new_tokens": new + 1, "max_model_len": prompt + new + 1}
     start = jax.jit(lambda ids: pax.start(model, ids, np.full(rows, prompt), **limits))
-    advance = jax.jit(pax.advance, static_argnames=("budget", "attention"), donate_argnames="state")
+    advance = functools.partial(pax.advance, budget=budget, attention=attention, shared=False)
+    advance = jax.jit(advance, donate_argnames="state")
 
     def lower_advance():
         state = jax.eval_shape(start, programs.ids(rows, prompt))
-        return advance.lower(model, state, budget=budget, steps=programs.number(), attention=attention)
+        return advance.lower(model, state, steps=programs.number())
 
     return {"start": lambda: start.lower(programs.ids(rows, prompt)), "advance": lower_advance}
 

@@ -30,7 +30,7 @@ def _over(program: Callable, mesh: Mesh) -> Callable:
     if f is program:
         return pax.spread(f, mesh)
     names = inspect.signature(f).parameters
-    static = [name for name in ("budget", "attention", "k", "group") if name in names]
+    static = [name for name in ("budget", "attention", "shared", "k", "group") if name in names]
     donated = [name for name in ("state", "search", "service") if name in names]
     return jax.jit(pax.spread(f, mesh), static_argnames=static, donate_argnames=donated)
 

@@ -68,7 +68,7 @@ MUTANTS = (
     Mutant("eos is not stopped at", "paxattn/decoding/step.py", "(token[:, None] == state.eos).any(axis=-1), Finish.STOP", "(token[:, None] < state.eos).any(axis=-1) & False, Finish.STOP", GENERATE),
     Mutant("rows pick before their prompt is fed", "paxattn/decoding/step.py", "picks=(count > 0) & (fed.pending == 0)", "picks=count > 0", GENERATE),
     Mutant("decoding rows crowd out prompts", "paxattn/decoding/step.py", "deal(prompts, budget)", "deal(prompts, budget - jnp.sum(singles))", GENERATE),
-    Mutant("the plain loop overlooks shared blocks", "paxattn/decoding/step.py", "self.sampling.is_greedy & jnp.all(self.cache.table.blocks.refcount <= 1)", "self.sampling.is_greedy", FAN_OUT),
+    Mutant("the plain loop overlooks shared blocks", "paxattn/decoding/step.py", "greedy & jnp.all(self.cache.table.blocks.refcount <= 1)", "greedy", FAN_OUT),
     Mutant("the greedy path overlooks the penalty", "paxattn/decoding/sampling.py", "jnp.all((self.temperature <= 0) & (self.repetition_penalty == 1))", "jnp.all(self.temperature <= 0)", SAMPLING),
     Mutant("NaN rows go on", "paxattn/decoding/step.py", "jnp.where(finite, ended, Finish.NOT_FINITE)", "ended", GENERATE),
     Mutant("noise is shared by rows", "paxattn/decoding/sampling.py", "noise(sampling.key, known)", "noise(jnp.broadcast_to(sampling.key[0], sampling.key.shape), known)", SAMPLING),

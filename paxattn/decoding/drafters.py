@@ -98,6 +98,11 @@ class DraftModel:
     model: Model
     attention: str = static(default="auto")
 
+    @property
+    def vocab_size(self) -> int:
+        """Must be the target's; a drafter that says it is checked before anything runs."""
+        return self.model.vocab_size
+
     def init(self, state: State, k: int) -> Cache:
         """An empty cache in the target's block size, with room for a guess past the row's end."""
         rows, width = state.tokens.shape
@@ -151,7 +156,9 @@ class DraftModel:
 
 
 def _guess(logits, sampling, tokens, known):
-    """A token a row and the distribution that it was drawn from; zeros where no row samples."""
+    """A token a row and the distribution that it was drawn from; zeros where no row samples, None if none ever does."""
+    if sampling is None:
+        return pick(logits, None, tokens, known)[0], None
 
     def sample():
         drawn_from = scores(penalise(whole(logits), sampling, tokens, known), sampling)

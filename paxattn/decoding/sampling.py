@@ -58,6 +58,14 @@ class Sampling:
             keys,
         )
 
+    @staticmethod
+    def asked(num_rows: int, **knobs) -> "Sampling | None":
+        """What `create` gives, or None where plain numbers say that every row is greedy: known when a program is
+        traced, so that it holds nothing else."""
+        numbers = [knobs.get(name, off) for name, off in (("temperature", 0.0), ("repetition_penalty", 1.0))]
+        plain = all(isinstance(number, int | float) for number in numbers) and numbers[0] <= 0 and numbers[1] == 1
+        return None if plain else Sampling.create(num_rows, **knobs)
+
     @property
     def is_greedy(self) -> Bool[Array, ""]:
         """Whether every row takes the model's arg-max as it is."""
@@ -76,7 +84,7 @@ def sample_keys(key: Key[Array, "R"], n: int) -> Key[Array, "B"]:
 
 def pick(
     logits: Scores,
-    sampling: Sampling,
+    sampling: Sampling | None,
     tokens: Int32[Array, "R M"],
     known: Int32[Array, "B"],
     line: Int32[Array, "B"] | None = None,
@@ -87,7 +95,7 @@ def pick(
 
     Args:
       logits: the model's scores; where they are cut over a mesh axis, rows that use a knob gather them.
-      sampling: the knobs.
+      sampling: the knobs; None: every row is greedy.
       tokens: prompt and generated tokens so far, for the repetition penalty.
       known: how many of `tokens` count; also the position that the new token takes.
       line: which line of `tokens` is the row's; line b by default.
@@ -110,7 +118,7 @@ def pick(
 
     # Asked in one piece: on a GPU each condition waits for the host.
     plain = found.token, found.top
-    token, score = plain if greedy else jax.lax.cond(sampling.is_greedy, lambda: plain, general)
+    token, score = plain if greedy or sampling is None else jax.lax.cond(sampling.is_greedy, lambda: plain, general)
     return token, score - found.top - jnp.log(found.total)
 
 
@@ -154,8 +162,10 @@ def draw(scores: Float32[Array, "B V"], sampling: Sampling, known: Int32[Array, 
     return peak(jnp.where(greedy, scores, scores + noise(sampling.key, known))).token
 
 
-def stream(sampling: Sampling, which: int) -> Sampling:
+def stream(sampling: Sampling | None, which: int) -> Sampling | None:
     """The same knobs with other noise: DRAFT for what a drafter draws, ACCEPT for the verdict on it."""
+    if sampling is None:
+        return None
     return dataclasses.replace(sampling, key=jax.vmap(lambda key: jax.random.fold_in(key, which))(sampling.key))
 
 
