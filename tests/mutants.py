@@ -136,6 +136,8 @@ MUTANTS = (
     Mutant("evict: blocks are not released", "paxattn/decoding/eviction.py", "release(table.blocks, jnp.where(out, table.pages, NULL))", "table.blocks", EVICTION),
     Mutant("evict: a page that fills may go", "paxattn/decoding/eviction.py", "jnp.where(full & (table.pages != NULL)", "jnp.where((table.pages != NULL)", EVICTION + "::test_a_shared_block_stays_with_its_other_holders"),
     Mutant("mesh: tokens of a slice count from zero", "paxattn/decoding/vocabulary.py", "(mine.token + offset(scores))", "mine.token", MESH.format("generate (1, 8)")),
+    Mutant("mesh: pools lie whole in shapes", "paxattn/mesh.py", "_POOL if isinstance(node, KV) else _REST if", "_REST if isinstance(node, KV) else _REST if", MESH.format("ahead")),
+    Mutant("mesh: a group of one sums up", "paxattn/mesh.py", "if jax.lax.axis_size(MODEL) == 1:", "if jax.lax.axis_size(MODEL) == 0:", MESH.format("ahead")),
     Mutant("mesh: sums of slices are not rescaled", "paxattn/decoding/vocabulary.py", "jnp.sum(totals * jnp.exp(tops - top), axis=0)", "jnp.sum(totals, axis=0)", MESH.format("beams (2, 4)")),
     Mutant("mesh: candidates of a slice count from zero", "paxattn/decoding/vocabulary.py", "token + offset(scores), logprob", "token, logprob", MESH.format("beams (2, 4)")),
     Mutant("mesh: greedy gathers the logits", "paxattn/decoding/sampling.py", "plain = found.token, found.top", "plain = peak(whole(logits)).token, found.top", MESH.format("collectives")),
