@@ -123,7 +123,7 @@ MUTANTS = (
     Mutant("speculation: u is compared with p, not p / q", "paxattn/decoding/rejection.py", "u * _chosen(q, guess) < _chosen(p, guess)", "u < _chosen(p, guess)", VERDICT),
     Mutant("speculation: a rejected place draws from p", "paxattn/decoding/rejection.py", "jnp.maximum(p - q, 0)", "jnp.maximum(p, 0)", VERDICT),
     Mutant("speculation: the verdict has the draft's noise", "paxattn/decoding/rejection.py", "stream(each, ACCEPT)", "stream(each, DRAFT)", VERDICT),
-    Mutant("speculation: guesses have the noise of tokens", "paxattn/decoding/drafters.py", "sampling = stream(state.sampling, DRAFT)", "sampling = state.sampling", VERDICT),
+    Mutant("speculation: guesses have the noise of tokens", "paxattn/decoding/drafters.py", "else stream(state.sampling, DRAFT)", "else state.sampling", VERDICT),
     Mutant("ablate: simulated rows never end", "paxattn/simulate.py", "picks & (known >= state.limit)", "picks & (known > state.limit)", SIMULATE + "::test_the_trace_is_that_of_serving"),
     Mutant("ablate: simulated rows keep their blocks", "paxattn/simulate.py", "left = free(table, finish != Finish.RUNNING)", "left = table", SIMULATE + "::test_the_trace_is_that_of_serving"),
     Mutant("ablate: reservations overtake the pool", "paxattn/simulate.py", 'side="right") - 1 - first', 'side="right") - first', SIMULATE + "::test_reserved_memory_is_the_rule_with_lists"),

@@ -44,7 +44,7 @@ class Drafter(Protocol):
         """Guesses from `state.tokens[:, :known]`; all rows are decoding, those not `running` do not matter.
 
         A guess that is drawn at random gives the probabilities it was drawn from, and takes its noise from
-        `stream(state.sampling, DRAFT)`, or the verdict on it is biased.
+        `stream(state.sampling, DRAFT)`, or the verdict on it is biased. Without `state.sampling` every row is greedy.
         """
         ...
 
@@ -119,7 +119,7 @@ class DraftModel:
         """Reads what it has not read yet, then k steps of one token a row."""
         rows, width = state.tokens.shape
         tokens = jnp.pad(state.tokens, ((0, 0), (0, k)))
-        sampling = stream(state.sampling, DRAFT)
+        sampling = None if state.sampling is None else stream(state.sampling, DRAFT)
 
         def behind(cache):
             return jnp.where(state.running, state.known - cache.table.length, 0)

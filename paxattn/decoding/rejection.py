@@ -42,15 +42,14 @@ def take(
     line = jnp.repeat(jnp.arange(rows), places)
     each = jax.tree.map(lambda knob: knob[line], sampling)
     known, guess, real = at.ravel(), guess.ravel(), real.ravel()
-    if probability is None:  # drawing from p and comparing accepts with probability p(guess) = min(1, p / q)
-        return pick(logits, each, tokens, known, line)[0].reshape(rows, places)
-    check_vocabulary(probability.shape[-1], size(logits))
 
-    def greedy():
+    def plain():
         return pick(logits, each, tokens, known, line)[0]
 
-    if each is None:
-        return greedy().reshape(rows, places)
+    # Drawing from p and comparing accepts with probability p(guess) = min(1, p / q).
+    if probability is None or each is None:
+        return plain().reshape(rows, places)
+    check_vocabulary(probability.shape[-1], size(logits))
 
     def reject():
         drawn_from = scores(penalise(whole(logits), each, tokens, known, line), each)
@@ -64,7 +63,7 @@ def take(
         drawn = draw(jnp.where(tried[:, None] & left, jnp.log(rest), drawn_from), each, known)
         return jnp.where(accepted, guess, drawn)
 
-    return jax.lax.cond(jnp.any(each.temperature > 0), reject, greedy).reshape(rows, places)
+    return jax.lax.cond(jnp.any(each.temperature > 0), reject, plain).reshape(rows, places)
 
 
 def check_vocabulary(drafter: int, model: int) -> None:

@@ -9,6 +9,7 @@ cutoff are all kept. Top-p: Holtzman et al. 2020. Min-p: Nguyen et al. 2024. Pen
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -60,8 +61,10 @@ class Sampling:
 
     @staticmethod
     def asked(num_rows: int, **knobs) -> "Sampling | None":
-        """What `create` gives, or None where plain numbers say that every row is greedy: known when a program is
-        traced, so that it holds nothing else."""
+        """What `create` gives, or None where plain numbers say that every row is greedy.
+
+        That is known when a program is traced, so that it holds nothing else.
+        """
         numbers = [knobs.get(name, off) for name, off in (("temperature", 0.0), ("repetition_penalty", 1.0))]
         plain = all(isinstance(number, int | float) for number in numbers) and numbers[0] <= 0 and numbers[1] == 1
         return None if plain else Sampling.create(num_rows, **knobs)
@@ -105,21 +108,22 @@ def pick(
       Tokens and log-probabilities; NaN logits give a NaN log-probability.
     """
     found = peak(logits)
-
-    def general():
-        every = whole(logits)
-        penalised = penalise(every, sampling, tokens, known, line)
-        token = jax.lax.cond(
-            jnp.any(sampling.temperature > 0),
-            lambda: draw(scores(penalised, sampling), sampling, known),
-            lambda: peak(penalised).token,
-        )
-        return token, score_of(every, token)
-
-    # Asked in one piece: on a GPU each condition waits for the host.
-    plain = found.token, found.top
-    token, score = plain if greedy or sampling is None else jax.lax.cond(sampling.is_greedy, lambda: plain, general)
+    token, score = found.token, found.top
+    if not greedy and sampling is not None:  # asked in one piece: on a GPU each condition waits for the host
+        general = functools.partial(_general, logits, sampling, tokens, known, line)
+        token, score = jax.lax.cond(sampling.is_greedy, lambda: (found.token, found.top), general)
     return token, score - found.top - jnp.log(found.total)
+
+
+def _general(logits, sampling, tokens, known, line):
+    every = whole(logits)
+    penalised = penalise(every, sampling, tokens, known, line)
+    token = jax.lax.cond(
+        jnp.any(sampling.temperature > 0),
+        lambda: draw(scores(penalised, sampling), sampling, known),
+        lambda: peak(penalised).token,
+    )
+    return token, score_of(every, token)
 
 
 def logprob(logits: Scores, token: Int32[Array, "B"]) -> Float32[Array, "B"]:
@@ -162,10 +166,8 @@ def draw(scores: Float32[Array, "B V"], sampling: Sampling, known: Int32[Array, 
     return peak(jnp.where(greedy, scores, scores + noise(sampling.key, known))).token
 
 
-def stream(sampling: Sampling | None, which: int) -> Sampling | None:
+def stream(sampling: Sampling, which: int) -> Sampling:
     """The same knobs with other noise: DRAFT for what a drafter draws, ACCEPT for the verdict on it."""
-    if sampling is None:
-        return None
     return dataclasses.replace(sampling, key=jax.vmap(lambda key: jax.random.fold_in(key, which))(sampling.key))
 
 

@@ -277,24 +277,22 @@ def advance(
     rows = state.known.size
     end = jnp.int32(2**31 - 1) if steps is None else state.stats.steps + steps
 
-    def turn(tokens, **promises):
-        return lambda state: step(model, state, budget=tokens, attention=attention, **{"shared": shared} | promises)
+    def turn(tokens, shared=shared, greedy=False):
+        return lambda s: step(model, s, budget=tokens, attention=attention, shared=shared, greedy=greedy)
 
     def more(state):
         return jnp.any(state.running) & (state.stats.steps < end)
 
-    def prompts(state):
-        return jnp.any(state.pending > 1)
+    state = jax.lax.while_loop(lambda s: more(s) & jnp.any(s.pending > 1), turn(budget), state)
+    if not questions_wait() or (state.sampling is None and not shared):
+        return jax.lax.while_loop(more, turn(rows), state)
 
-    def body(state):
-        state = jax.lax.while_loop(lambda s: more(s) & prompts(s), turn(budget), state)
-        if not questions_wait() or (state.sampling is None and not shared):
-            return jax.lax.while_loop(lambda s: more(s) & ~prompts(s), turn(rows), state)
+    def either(state):
         plain = turn(rows, shared=False, greedy=True)
-        state = jax.lax.while_loop(lambda s: more(s) & ~prompts(s) & s.is_plain, plain, state)
-        return jax.lax.while_loop(lambda s: more(s) & ~prompts(s) & ~s.is_plain, turn(rows), state)
+        state = jax.lax.while_loop(lambda s: more(s) & s.is_plain, plain, state)
+        return jax.lax.while_loop(lambda s: more(s) & ~s.is_plain, turn(rows), state)
 
-    return jax.lax.while_loop(more, body, state)
+    return jax.lax.while_loop(more, either, state)
 
 
 def questions_wait() -> bool:
