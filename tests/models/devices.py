@@ -21,7 +21,7 @@ import pytest
 
 import models
 import paxattn as pax
-from models import checkpoint, sharding
+from models import checkpoint, sharding, snapshot
 from paxattn.mesh import deal, join
 from tests.paths import GOLDEN
 from tests.toys import Toy, prompts, tokens_of
@@ -65,6 +65,11 @@ def on(program, where):
     """A program jitted, on a mesh or on one device."""
     static = SIZES if program is pax.serve else STATIC
     return jax.jit(program if where is None else pax.on_mesh(program, where), static_argnames=static)
+
+
+def tokens_in(state):
+    """What the rows of a state have, prompts included."""
+    return [ids[:n].tolist() for ids, n in zip(np.asarray(state.tokens), np.asarray(state.known), strict=True)]
 
 
 def run(program, where, *args, name="tiny_llama", layers=None, **options):
@@ -236,6 +241,62 @@ def files_go_straight_to_their_devices():
         assert held == {(64, 2, 160 // where.shape["model"])}
 
 
+@functools.cache
+def over(program, where):
+    """A program jitted for the lanes of a mesh, or for one device."""
+    return jax.jit(program if where is None else pax.spread(program, where), static_argnames="budget")
+
+
+def travel(folder, *stations):
+    """A batch saved on each mesh, after eight steps, and gone on from on the next; the last one ends it."""
+    _, ids, length, _ = tiny()
+    given = ids, length, {**KNOBS, "key": jax.random.split(KNOBS["key"], 6)}
+    for at, where in enumerate(stations):
+        model = tiny()[0].first(1)
+        model = model if where is None else models.shard(model, where)
+        if at:
+            state = snapshot.restore(folder / str(at - 1), model, where)
+        else:
+            ids, length, knobs = given if where is None else deal(given, where.shape["data"])
+            start = pax.start if where is None else pax.spread(pax.start, where)
+            state = start(model, ids, length, max_new_tokens=20, block_size=3, **knobs)
+        more = jnp.int32(8 if at + 1 < len(stations) else 99)
+        state = over(pax.advance, where)(model, state, budget=19, steps=more)
+        snapshot.save(folder / str(at), state, model)
+    return state
+
+
+def snapshots_move():
+    """Saved on one mesh, gone on from on another, with KV heads repeated or not: as if nothing had happened."""
+    with tempfile.TemporaryDirectory() as place:
+        folders = [Path(place) / name for name in ("stays", "model", "data")]
+        stays = travel(folders[0], None)
+        moved = travel(folders[1], None, mesh(1, 8), None)
+        assert tokens_in(moved) == tokens_in(stays)
+        assert [x.shape for x in jax.tree.leaves(moved)] == [x.shape for x in jax.tree.leaves(stays)]
+        dealt = travel(folders[2], mesh(2, 4), mesh(2, 2))
+        assert tokens_in(join(dealt, mesh(2, 2), 6)) == tokens_in(stays)
+        assert not any(int(jnp.sum(n)) for n in jax.vmap(pax.violations)(dealt.cache.table).values())
+
+        wide = models.shard(tiny()[0].first(1), mesh(1, 8))
+        pool = snapshot.restore(folders[1] / "0", wide, mesh(1, 8)).cache.layers[0].k  # of one device: two KV heads
+        assert {shard.data.shape[2] for shard in pool.addressable_shards} == {1}
+        one = snapshot.restore(folders[1] / "0", tiny()[0].first(1)).cache.layers[0].k
+        assert np.array_equal(pool[0], jnp.repeat(one, 4, axis=1))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("orbax.checkpoint.experimental.v1.load", None)  # nothing is read
+            with pytest.raises(snapshot.SnapshotError, match=r"saved on data=2, which cannot become data=1"):
+                snapshot.restore(folders[2] / "0", tiny()[0].first(1))
+            with pytest.raises(sharding.MeshError, match=r"`models.shard` it first"):
+                snapshot.restore(folders[1] / "0", tiny()[0].first(1), mesh(1, 8))
+            with pytest.raises(sharding.MeshError, match="num_attention_heads = 8"):
+                snapshot.restore(folders[1] / "0", tiny()[0].first(1), mesh(1, 3))
+            state = pax.start(Toy.create(), *prompts((3,)), max_new_tokens=2)
+            snapshot.save(folders[0] / "toy", state, Toy.create())
+            with pytest.raises(snapshot.SnapshotError, match="pools of 2 KV heads that are not cut.*saved on model=1"):
+                snapshot.restore(folders[0] / "toy", Toy.create(), mesh(1, 2))
+
+
 def what_does_not_fit_is_refused():
     """Heads, vocabulary and devices: each named in the error."""
     for devices, words in ((3, "num_attention_heads = 8.*intermediate_size = 160"), (5, "vocab_size = 384")):
@@ -264,6 +325,7 @@ CHECKS = {
     "biases": biases_count_once,
     "any model": any_model_runs_data_parallel,
     "files": files_go_straight_to_their_devices,
+    "snapshots": snapshots_move,
     "refusals": what_does_not_fit_is_refused,
 }
 
