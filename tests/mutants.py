@@ -163,6 +163,8 @@ MUTANTS = (
     Mutant("pictures: guesses are fed in prefill", "paxattn/viz/recording.py", "np.where(guessing, Phase.SPECULATIVE, phase)", "phase", VIZ),
     Mutant("pictures: a file knows no dark theme", "paxattn/viz/picture.py", "prefers-color-scheme:dark", "min-width:1px", VIZ),
     Mutant("speculation: copies are not counted", "paxattn/decoding/speculative.py", "before.stats.blocks_copied + copied", "before.stats.blocks_copied", VIZ),
+    Mutant("mesh: a request enters every shard", "paxattn/serving/chunk.py", "line % shards == jnp.arange(shards)[:, None]", "jnp.arange(shards)[:, None] >= 0", MESH.format("engine (2, 2)")),
+    Mutant("mesh: another shard's request is cancelled", "paxattn/serving/chunk.py", "deal(lines, shards)", "lines.reshape(shards, -1)", MESH.format("engine (2, 2)")),
     Mutant("snapshot: repeated heads out of order", "models/recut.py", "jnp.arange(heads) * x.shape[-3] // heads", "jnp.arange(heads) % x.shape[-3]", MESH.format("snapshots")),
     Mutant("snapshot: a model cut otherwise is another", "models/snapshot.py", "times = heads // config.num_key_value_heads", "times = 1", MESH.format("snapshots")),
     Mutant("snapshot: pools go to any number of data shards", "models/recut.py", "if shards != (self.saved.data or 1):", "if False:", MESH.format("snapshots")),

@@ -1,6 +1,7 @@
 """What holds on eight devices: run as a program of its own, since a process counts its devices once.
 
     python -m tests.models.devices [NAME ...]       eight devices; a JSON object: check -> what went wrong, or nothing
+                                                    NAME: one of CHECKS, or any mode on any mesh, like "beams (1, 8)"
     python -m tests.models.devices HOST:PORT 0      the first of two processes with a device each
 
 Every check is an equality with one device or with Hugging Face's golden tokens, in float32.
@@ -157,6 +158,27 @@ def serving_is(where):
     assert int(found.preemptions.sum()) > 0
 
 
+def engine_is(where):
+    """Requests that come and go on a mesh: tokens of Hugging Face, whichever shard they went to; nothing is kept."""
+    model, ids, length, expected = tiny()
+    sizes = {"max_num_seqs": 2, "max_model_len": 60, "block_size": 4, "num_blocks": 17, "max_num_batched_tokens": 16}
+    it = pax.Engine(models.shard(model, where), steps=4, max_num_requests=2, mesh=where, **sizes)
+    prompts = [ids[row, :n].tolist() for row, n in enumerate(length)]
+    answers = [it.submit(prompt, max_new_tokens=12) for prompt in prompts]
+    it.step()
+    assert it.metrics()["running"] == 2 * where.shape["data"]
+    assert it.cancel(answers[1])
+    again = [it.submit(prompt, max_new_tokens=6) for prompt in prompts]
+    it.run()
+    assert answers[1].finish_reason == "cancelled"
+    wanted = [tokens[:12] for tokens in expected["greedy"]] + [tokens[:6] for tokens in expected["greedy"]]
+    found = [answer.token_ids for answer in answers + again]
+    assert found[:1] + found[2:] == wanted[:1] + wanted[2:]
+    assert found[1] == wanted[1][: len(found[1])]
+    assert it.metrics()["output_tokens"] == sum(map(len, found))
+    assert broken(it.service.cache) == 0
+
+
 def replicas_are_identical():
     """In mid-flight, page tables and allocators of the devices of a model group are the same bits, and sound."""
     _, ids, length, _ = tiny()
@@ -271,11 +293,11 @@ def snapshots_move():
     with tempfile.TemporaryDirectory() as place:
         folders = [Path(place) / name for name in ("stays", "model", "data")]
         stays = travel(folders[0], None)
-        moved = travel(folders[1], None, mesh(1, 8), None)
+        moved = travel(folders[1], None, mesh(1, 8), mesh(1, 2), None)
         assert tokens_in(moved) == tokens_in(stays)
         assert [x.shape for x in jax.tree.leaves(moved)] == [x.shape for x in jax.tree.leaves(stays)]
-        dealt = travel(folders[2], mesh(2, 4), mesh(2, 2))
-        assert tokens_in(join(dealt, mesh(2, 2), 6)) == tokens_in(stays)
+        dealt = travel(folders[2], mesh(2, 4), mesh(2, 1))
+        assert tokens_in(join(dealt, mesh(2, 1), 6)) == tokens_in(stays)
         assert not any(int(jnp.sum(n)) for n in jax.vmap(pax.violations)(dealt.cache.table).values())
 
         wide = models.shard(tiny()[0].first(1), mesh(1, 8))
@@ -293,8 +315,14 @@ def snapshots_move():
                 snapshot.restore(folders[1] / "0", tiny()[0].first(1), mesh(1, 3))
             state = pax.start(Toy.create(), *prompts((3,)), max_new_tokens=2)
             snapshot.save(folders[0] / "toy", state, Toy.create())
-            with pytest.raises(snapshot.SnapshotError, match="pools of 2 KV heads that are not cut.*saved on model=1"):
+            with pytest.raises(snapshot.SnapshotError, match=r"pools of 2 KV heads.*saved on model=1"):
                 snapshot.restore(folders[0] / "toy", Toy.create(), mesh(1, 2))
+
+
+def one_process_writes():
+    """Several cannot share a snapshot's directory."""
+    with pytest.raises(snapshot.SnapshotError, match="2 processes cannot write one snapshot"):
+        snapshot.save("nowhere", jnp.ones(3), Toy.create())
 
 
 def what_does_not_fit_is_refused():
@@ -310,16 +338,35 @@ def what_does_not_fit_is_refused():
         pax.on_mesh(pax.generate, mesh(2, 1))(tiny()[0], np.array([[400]]), np.array([1]), max_new_tokens=2)
 
 
+MODES = {
+    "generate": greedy_is,
+    "sampling": sampled_is,
+    "samples": samples_share,
+    "beams": beams_are,
+    "speculation": speculation_is,
+    "sampled speculation": sampled_speculation_is,
+    "serving": serving_is,
+    "engine": engine_is,
+}
+
+MATRIX = {
+    f"{mode} {sizes}": lambda check=check, sizes=sizes: check(mesh(*sizes))
+    for mode, check in MODES.items()
+    for sizes in ((1, 2), (2, 1), (2, 2), (2, 4), (1, 8))
+}
+"""Every mode on every mesh: too long for each run of the suite, which has the ones in `CHECKS`."""
+
 CHECKS = {
-    "generate (2, 4)": lambda: greedy_is(mesh(2, 4)),
-    "generate (1, 8)": lambda: greedy_is(mesh(1, 8)),
+    "generate (2, 4)": MATRIX["generate (2, 4)"],
+    "generate (1, 8)": MATRIX["generate (1, 8)"],
     "generate, tied embedding (2, 2)": lambda: greedy_is(mesh(2, 2), "tiny_llama3_rope_tied"),
-    "sampling (2, 4)": lambda: sampled_is(mesh(2, 4)),
-    "samples (2, 2)": lambda: samples_share(mesh(2, 2)),
-    "beams (2, 4)": lambda: beams_are(mesh(2, 4)),
-    "speculation (2, 4)": lambda: speculation_is(mesh(2, 4)),
-    "sampled speculation (1, 2)": lambda: sampled_speculation_is(mesh(1, 2)),
-    "serving (2, 4)": lambda: serving_is(mesh(2, 4)),
+    "sampling (2, 4)": MATRIX["sampling (2, 4)"],
+    "samples (2, 2)": MATRIX["samples (2, 2)"],
+    "beams (2, 4)": MATRIX["beams (2, 4)"],
+    "speculation (2, 4)": MATRIX["speculation (2, 4)"],
+    "sampled speculation (1, 2)": MATRIX["sampled speculation (1, 2)"],
+    "serving (2, 4)": MATRIX["serving (2, 4)"],
+    "engine (2, 2)": MATRIX["engine (2, 2)"],
     "replicas": replicas_are_identical,
     "collectives": collectives_of_a_step,
     "biases": biases_count_once,
@@ -330,20 +377,16 @@ CHECKS = {
 }
 
 SHARED = {
-    "generate (1, 2)": lambda: greedy_is(mesh(1, 2)),
-    "speculation (1, 2)": lambda: speculation_is(mesh(1, 2)),
-    "beams (2, 1)": lambda: beams_are(mesh(2, 1)),
-    "serving (2, 1)": lambda: serving_is(mesh(2, 1)),
-}
+    name: MATRIX[name] for name in ("generate (1, 2)", "speculation (1, 2)", "beams (2, 1)", "serving (2, 1)")
+} | {"a snapshot": one_process_writes}
 """Of two processes."""
 
 
 def main() -> None:
-    """Runs all checks, or those that are named."""
+    """Runs all checks, or those that are named, of the whole matrix too."""
     results, names = {}, sys.argv[1:]
-    for name, check in (CHECKS if jax.process_count() == 1 else SHARED).items():
-        if jax.process_count() == 1 and names and name not in names:
-            continue
+    checks = SHARED if jax.process_count() > 1 else {name: (CHECKS | MATRIX)[name] for name in names or CHECKS}
+    for name, check in checks.items():
         try:
             check()
             results[name] = ""
