@@ -293,7 +293,7 @@ def snapshots_move():
     with tempfile.TemporaryDirectory() as place:
         folders = [Path(place) / name for name in ("stays", "model", "data")]
         stays = travel(folders[0], None)
-        moved = travel(folders[1], None, mesh(1, 8), mesh(1, 2), None)
+        moved = travel(folders[1], None, mesh(1, 8), None)
         assert tokens_in(moved) == tokens_in(stays)
         assert [x.shape for x in jax.tree.leaves(moved)] == [x.shape for x in jax.tree.leaves(stays)]
         dealt = travel(folders[2], mesh(2, 4), mesh(2, 1))
