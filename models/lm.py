@@ -38,7 +38,7 @@ _BATCH_ONLY = {
 }  # fmt: skip
 """Options of batches alone; the engine's rows are not tied to one another."""
 
-_advance = jax.jit(pax.advance, static_argnames=("budget", "attention"), donate_argnames="state")
+_advance = jax.jit(pax.advance, static_argnames=("budget", "attention", "shared"), donate_argnames="state")
 _fan_out = jax.jit(pax.fan_out, static_argnames=("group", "budget", "attention"), donate_argnames="state")
 _speculate = jax.jit(speculative.advance, static_argnames=("k", "budget", "attention"), donate_argnames="state")
 _stop = jax.jit(pax.stop, donate_argnums=0)
@@ -249,7 +249,7 @@ class LM:
         guesser = drafter(speculate, self, attention=attention) if isinstance(speculate, str) else speculate
         if guesser is not None and group > 1:
             raise ValueError("speculate answers a prompt once; leave out num_beams and num_return_sequences.")
-        turn, k = over(_advance, self.mesh), num_speculative_tokens
+        turn, k = functools.partial(over(_advance, self.mesh), shared=group > 1), num_speculative_tokens
         if guesser is not None:
             turn = functools.partial(over(_speculate, self.mesh), drafter=guesser, k=k)
         most = max_num_seqs // group * Lanes(self.mesh, 1).shards
