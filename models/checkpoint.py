@@ -7,7 +7,7 @@
       manifest.json            path -> size and sha256 of every other file
 
     save: write all of it to a scratch directory beside -> manifest -> rename
-    load: compare the manifest with the directory -> read config -> restore, cast on the way
+    load: compare the manifest with the directory -> config (`open_config`) -> restore, cast on the way (`read`)
 
 Orbax loads a chunk with a flipped bit without a word: hence the manifest, checked before anything is read.
 """
@@ -89,10 +89,21 @@ def load(
     Raises:
         CheckpointError: Files are missing, changed or unknown to the manifest: all are listed.
     """
+    return open_config(path), read(path, dtype=dtype, sharding=sharding)
+
+
+def open_config(path: Path) -> dict[str, Any]:
+    """The config of a directory that `save` wrote, once every file is what was saved; raises as `load` does."""
+    path = path.absolute()
+    _verify(path)
+    return json.loads((path / CONFIG).read_text("utf-8"))
+
+
+def read(path: Path, *, dtype: DTypeLike | None = None, sharding: Placement | None = None) -> dict[str, jax.Array]:
+    """The arrays of a directory that `open_config` found intact; for the arguments see `load`."""
     import orbax.checkpoint.experimental.v1 as ocp
 
     path = path.absolute()
-    _verify(path)
     first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
     def target(name: str, saved: Any) -> jax.ShapeDtypeStruct:
@@ -103,7 +114,7 @@ def load(
     # Shapes and dtypes come from the files: the sharding they were saved with may not exist on this machine.
     saved: Any = ocp.metadata(str(path / PARAMS)).metadata
     params: Any = ocp.load(str(path / PARAMS), {name: target(name, array) for name, array in saved.items()})
-    return json.loads((path / CONFIG).read_text("utf-8")), params
+    return params
 
 
 def _verify(path: Path) -> None:

@@ -54,7 +54,8 @@ def several_processes() -> bool:
 
 
 def join_processes() -> None:
-    """`jax.distributed.initialize` from the environment, with waits that end."""
+    """`jax.distributed.initialize` from the environment, with waits that end; JAX ends the process if they do."""
+    print(f"paxattn waits for the other processes, {PATIENCE} s at most.", file=sys.stderr, flush=True)
     numbers = {name: int(os.environ[name]) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID") if name in os.environ}
     jax.distributed.initialize(
         num_processes=numbers.get("JAX_NUM_PROCESSES"),

@@ -86,10 +86,14 @@ def repeat_heads(qkv: jax.Array, times: int) -> jax.Array:
     return jnp.concatenate([q, jnp.repeat(qkv[..., -2:, :], times, axis=-3)], axis=-2)
 
 
+def widen(name: str, array: jax.Array, times: int) -> jax.Array:
+    """A parameter by its name or path, its KV heads repeated if it has any."""
+    return repeat_heads(array, times) if times > 1 and re.search(r"\bqkv(_bias)?\b", name) else array
+
+
 def put(name: str, array: jax.Array, mesh: Mesh, times: int = 1) -> jax.Array:
     """A parameter, its KV heads repeated, where it lies on the mesh; nothing moves if it is there already."""
-    if times > 1 and re.search(r"qkv(_bias)?$", name):
-        array = repeat_heads(array, times)
+    array = widen(name, array, times)
     where = place(mesh, name, array.shape)
     if array.sharding.is_equivalent_to(where, array.ndim):
         return array

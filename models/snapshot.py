@@ -2,6 +2,7 @@
 
     save     cache, page table, requests, keys, counters --> flat arrays (Orbax) + structure + whose cache it is
     restore  manifest checked -> the same model? -> the same state: branch from it as often as you like
+             on the devices that it was saved on, or on others: see `models.recut`
 
 Any state of paxattn can be saved: a `Cache`, a batch, a speculation, a beam search, a service, and tuples and dicts of
 them and of arrays. The directory is that of `models.checkpoint`, so a byte that changed is noticed before anything is
@@ -18,16 +19,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 import paxattn as pax
-from models import checkpoint
+from models import checkpoint, sharding
+from models.config import LlamaConfig
+from models.recut import Layout, Move, SnapshotError
 from models.weights import CheckpointError
 
 _PACKAGE = "paxattn."
-
-
-class SnapshotError(ValueError):
-    """A snapshot that cannot be written, or that must not be gone on from; the message says why and what to do."""
 
 
 def save(path: str | os.PathLike, state: Any, model: pax.Model) -> None:
@@ -39,30 +39,44 @@ def save(path: str | os.PathLike, state: Any, model: pax.Model) -> None:
       model: whose cache it is; only its fingerprint is stored.
 
     Raises:
-      SnapshotError: there is something at `path`, or the state holds what cannot be restored.
+      SnapshotError: there is something at `path`, the state holds what cannot be restored, or is spread over processes.
     """
+    if jax.process_count() > 1:
+        raise SnapshotError(f"{jax.process_count()} processes cannot write one snapshot; save it where there is one.")
     arrays: dict[str, jax.Array] = {}
     config = {"snapshot": _describe(state, "state", arrays), "model": fingerprint(model)}
+    config["layout"] = dataclasses.asdict(Layout.of(state, model))
     try:
         checkpoint.save(Path(path), config, arrays)
     except CheckpointError as error:
         raise SnapshotError(str(error)) from error
 
 
-def restore(path: str | os.PathLike, model: pax.Model) -> Any:
+def restore(path: str | os.PathLike, model: pax.Model, mesh: Mesh | None = None) -> Any:
     """The state that was saved, every bit of it.
 
     Args:
       path: a directory that `save` wrote; it may have been moved or copied.
-      model: the same model as was saved with: the same parameters, to the bit.
+      model: the same model as was saved with: the same parameters, to the bit. On a mesh, as it lies there.
+      mesh: where the state is to go on, as `paxattn.spread` wants it; its data axis must be what it was, one device
+        being data=1. Each device reads its part.
 
     Raises:
-      SnapshotError: files are missing or changed, it is no snapshot, or it is another model's.
+      SnapshotError: files are missing or changed, it is no snapshot, another model's, or does not fit the mesh.
+      models.sharding.MeshError: the model does not.
     """
     try:
-        config, arrays = checkpoint.load(Path(path))
+        config = checkpoint.open_config(Path(path))
+        _check(config, path, model)
+        move = Move(Layout(**config["layout"]), mesh, model)
+        pools = _pools(config["snapshot"])
+        arrays = checkpoint.read(Path(path), sharding=lambda name, shape: move.place(shape, name in pools))
     except CheckpointError as error:
         raise SnapshotError(str(error)) from error
+    return move.finish(_rebuild(config["snapshot"], arrays))
+
+
+def _check(config: dict[str, Any], path: str | os.PathLike, model: pax.Model) -> None:
     if "snapshot" not in config:
         raise SnapshotError(f"{path} holds no snapshot but a model; load it with models.load.")
     if config["model"] != fingerprint(model):
@@ -70,29 +84,47 @@ def restore(path: str | os.PathLike, model: pax.Model) -> Any:
             f"{path} was saved with another model ({config['model'][:12]}, this one is {fingerprint(model)[:12]}): "
             "its keys and values mean nothing here. Load the model that it was saved with, in the same dtype."
         )
-    return _rebuild(config["snapshot"], arrays)
 
 
 def fingerprint(model: pax.Model) -> str:
-    """A name for a model: equal parameters, shapes, dtypes and cache give equal names, on any machine.
+    """A name for a model: equal parameters, shapes, dtypes and cache give equal names, on any machine and any mesh.
 
-    One pass over the parameters where they lie; 64 bits of each leave the device.
+    One pass over the parameters where they lie; 64 bits of each leave the device. Of a Llama every query head counts as
+    if it had a KV head of its own, so that KV heads repeated for a mesh change nothing.
     """
-    leaves = jax.tree_util.tree_flatten_with_path(model)[0]
-    told = [repr(model.cache_spec), repr(model.vocab_size), repr(getattr(model, "config", None))]
-    sums = jax.device_get([_checksum(leaf) for _, leaf in leaves])
-    for (_, leaf), digest in zip(leaves, sums, strict=True):
-        told.append(f"{leaf.shape} {leaf.dtype} {digest.tolist()}")
+    spec, config, times = model.cache_spec, getattr(model, "config", None), 1
+    if isinstance(config, LlamaConfig):
+        heads = config.num_attention_heads
+        times = heads // config.num_key_value_heads
+        spec = dataclasses.replace(spec, num_kv_heads=heads)
+        config = dataclasses.replace(config, num_key_value_heads=heads)
+    told, sums = [repr(spec), repr(model.vocab_size), repr(config)], []
+    for path, leaf in jax.tree_util.tree_flatten_with_path(model)[0]:
+        leaf = sharding.widen(jax.tree_util.keystr(path), leaf, times)
+        told.append(f"{leaf.shape} {leaf.dtype}")
+        sums.append(_checksum(leaf))
+    told += [str(digest.tolist()) for digest in jax.device_get(sums)]
     return hashlib.sha256("\n".join(told).encode()).hexdigest()
 
 
 @jax.jit
 def _checksum(leaf: jax.Array) -> jax.Array:
     """Two sums over the bits of an array, modulo 2 ** 32: of its elements, and of these weighted by their place."""
-    bits = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{8 * leaf.dtype.itemsize}"))
-    bits = bits.ravel().astype(jnp.uint32)
-    place = jnp.arange(bits.size, dtype=jnp.uint32) * jnp.uint32(2654435761) + 1
+    bits = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")).astype(jnp.uint32)
+    place, stride = jnp.uint32(0), 1
+    for axis in reversed(range(leaf.ndim)):  # not of a flattened copy, which a mesh would have to gather
+        place += jnp.uint32(stride % 2**32) * jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
+        stride *= leaf.shape[axis]
+    place = place * jnp.uint32(2654435761) + 1
     return jnp.stack([jnp.sum(bits, dtype=jnp.uint32), jnp.sum(bits * place, dtype=jnp.uint32)])
+
+
+def _pools(told: Any) -> set[str]:
+    """Names of the arrays that are keys and values."""
+    if isinstance(told, dict) and told.get("struct") == "paxattn.cache:KV":
+        return {array["array"] for array in told["fields"].values()}
+    children = told.values() if isinstance(told, dict) else told if isinstance(told, list) else ()
+    return set().union(*map(_pools, children))
 
 
 def _describe(node: Any, name: str, arrays: dict[str, jax.Array]) -> Any:

@@ -167,12 +167,18 @@ MUTANTS = (
     Mutant("pictures: guesses are fed in prefill", "paxattn/viz/recording.py", "np.where(guessing, Phase.SPECULATIVE, phase)", "phase", VIZ),
     Mutant("pictures: a file knows no dark theme", "paxattn/viz/picture.py", "prefers-color-scheme:dark", "min-width:1px", VIZ),
     Mutant("speculation: copies are not counted", "paxattn/decoding/speculative.py", "before.stats.blocks_copied + copied", "before.stats.blocks_copied", VIZ),
+    Mutant("mesh: a request enters every shard", "paxattn/serving/chunk.py", "line % shards == jnp.arange(shards)[:, None]", "jnp.arange(shards)[:, None] >= 0", MESH.format("engine (2, 2)")),
+    Mutant("mesh: another shard's request is cancelled", "paxattn/serving/chunk.py", "deal(lines, shards)", "lines.reshape(shards, -1)", MESH.format("engine (2, 2)")),
+    Mutant("snapshot: repeated heads out of order", "models/recut.py", "jnp.arange(heads) * x.shape[-3] // heads", "jnp.arange(heads) % x.shape[-3]", MESH.format("snapshots")),
+    Mutant("snapshot: a model cut otherwise is another", "models/snapshot.py", "times = heads // config.num_key_value_heads", "times = 1", MESH.format("snapshots")),
+    Mutant("snapshot: pools go to any number of data shards", "models/recut.py", "if shards != (self.saved.data or 1):", "if False:", MESH.format("snapshots")),
+    Mutant("snapshot: any pool is cut like the model's", "models/recut.py", "if isinstance(self.model, Cut) and saved == self.saved.kv_heads:", "if saved == self.saved.kv_heads:", MESH.format("snapshots")),
     Mutant("snapshot: keys lose their kind", "models/snapshot.py", "jax.random.wrap_key_data(_rebuild(data, arrays), impl=impl)", "jax.random.wrap_key_data(_rebuild(data, arrays))", SNAPSHOT),
     Mutant("snapshot: any model will do", "models/snapshot.py", 'if config["model"] != fingerprint(model):', "if False:", SNAPSHOT),
     Mutant("snapshot: the order of parameters does not count", "models/snapshot.py", "jnp.sum(bits * place, dtype=jnp.uint32)", "jnp.sum(bits, dtype=jnp.uint32)", SNAPSHOT),
     Mutant("snapshot: static fields are forgotten", "models/snapshot.py", "k: v if known[k] else _rebuild(v, arrays)", "k: 1 if known[k] else _rebuild(v, arrays)", SNAPSHOT),
     Mutant("snapshot: empty arrays come back as scalars", "models/snapshot.py", "return jnp.zeros(shape, dtype)", "return jnp.zeros((), dtype)", SNAPSHOT),
-    Mutant("snapshot: files are not checked", "models/checkpoint.py", "    _verify(path)\n    first", "    first", SNAPSHOT),
+    Mutant("snapshot: files are not checked", "models/checkpoint.py", "    _verify(path)\n    return", "    return", SNAPSHOT),
 )  # fmt: skip
 
 

@@ -2,16 +2,23 @@
 
 chunk  k steps of the loop, and the news: what each line gained, who ended
 enter  a request into a free line              leave  requests that were cancelled
+
+On a mesh each data shard has lines of its own. The host counts them like cards that are dealt: line i is one of
+shard i % D, so that the first free line is one of the shard that has the fewest requests, or nearly.
 """
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from paxattn.decoding.generate import new_tokens
-from paxattn.serving.loop import most, run
+from paxattn.mesh import DATA, deal, join, spread
+from paxattn.serving.loop import most, open_service, run
 from paxattn.serving.policy import Policy
 from paxattn.serving.queue import Requests, put
 from paxattn.serving.service import Service, cancel
@@ -32,7 +39,6 @@ class News:
     preemptions: Int32[Array, ""]
 
 
-@functools.partial(jax.jit, static_argnames=("budget", "steps", "attention"), donate_argnames="service")
 def chunk(model, service: Service, policy: Policy, *, budget: int, steps: int, attention: str):
     """`steps` steps, and what they brought."""
     known = service.queue.known
@@ -52,11 +58,48 @@ def chunk(model, service: Service, policy: Policy, *, budget: int, steps: int, a
     return service, news
 
 
-@functools.partial(jax.jit, donate_argnums=0)
 def enter(service: Service, requests: Requests, line, ticket):
     """Writes a request into a line; it arrives now."""
     requests = dataclasses.replace(requests, arrival=service.now[None])
     return dataclasses.replace(service, queue=put(service.queue, requests, line, ticket, most(service)))
 
 
-leave = jax.jit(cancel, static_argnames="reason", donate_argnums=0)
+class Programs(NamedTuple):
+    """What an engine runs: an empty service, and the three programs, jitted."""
+
+    open: Callable
+    chunk: Callable
+    enter: Callable
+    leave: Callable
+
+
+@functools.cache
+def programs(mesh: Mesh | None) -> Programs:
+    """Of one device, or of the data shards of a mesh; the same calls."""
+    made = (chunk, enter, cancel) if mesh is None else _on(mesh)
+    static = {"chunk": ("budget", "steps", "attention"), "enter": (), "leave": ("reason",)}
+    jitted = (
+        jax.jit(program, static_argnames=names, donate_argnames="service")
+        for program, names in zip(made, static.values(), strict=True)
+    )
+    return Programs(open_service if mesh is None else spread(open_service, mesh), *jitted)
+
+
+def _on(mesh: Mesh) -> tuple[Callable, Callable, Callable]:
+    """The programs over a service whose arrays have an axis [D], lines given and told as if there were one queue."""
+    shards = mesh.shape[DATA]
+
+    def chunks(model, service, policy, **options):
+        service, news = spread(chunk, mesh)(model, service, policy, **options)
+        return service, join(news, mesh, service.queue.known.size)
+
+    def enters(service, requests, line, ticket):
+        lines = service.queue.known.shape[1]
+        at = jnp.where(line % shards == jnp.arange(shards)[:, None], line // shards, lines)  # elsewhere it is dropped
+        given = jax.tree.map(lambda x: jnp.broadcast_to(x, (shards, *x.shape)), (requests, ticket))
+        return spread(enter, mesh)(service, given[0], at, given[1])
+
+    def leaves(service, lines, reason):
+        return spread(cancel, mesh)(service, deal(lines, shards), reason)
+
+    return chunks, enters, leaves

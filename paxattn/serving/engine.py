@@ -18,12 +18,14 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from paxattn.decoding.generate import MAX_NUM_BATCHED_TOKENS
 from paxattn.decoding.model import Model
 from paxattn.decoding.step import Finish
-from paxattn.serving.chunk import News, chunk, enter, leave
-from paxattn.serving.loop import check_requests, mixed_budget, open_service
+from paxattn.mesh import DATA
+from paxattn.serving.chunk import News, programs
+from paxattn.serving.loop import check_requests, mixed_budget
 from paxattn.serving.policy import Policy
 from paxattn.serving.queue import Requests
 
@@ -58,6 +60,8 @@ class Engine:
       eos_token_id: none, one or several ids that end a request.
       seed: of requests that bring no key; the i-th one submitted samples with fold_in(key(seed), i).
       attention: implementation of paged attention, by name.
+      mesh: the devices that the model lies on, see `paxattn.on_mesh`; requests go to its data shards in turn, and the
+        sizes are those of one shard. Of several processes each must make the same calls.
     """
 
     def __init__(
@@ -75,14 +79,17 @@ class Engine:
         eos_token_id: int | Sequence[int] = (),
         seed: int = 0,
         attention: str = "auto",
+        mesh: Mesh | None = None,
     ):
+        shards = 1 if mesh is None else mesh.shape[DATA]
         lines = 2 * max_num_seqs if max_num_requests is None else max_num_requests
         for name, value in (("steps", steps), ("max_num_requests", lines)):
             if value < 1:
                 raise ValueError(f"{name} is {value}, must be at least 1.")
         if num_blocks is None:
             num_blocks = 1 + max_num_seqs * -(-max_model_len // block_size)
-        self.service = open_service(
+        self._programs = programs(mesh)
+        self.service = self._programs.open(
             model,
             lines=lines,
             max_num_seqs=max_num_seqs,
@@ -94,11 +101,12 @@ class Engine:
         self._model = model
         self._policy = Policy() if policy is None else policy
         self._limits = {"max_model_len": max_model_len, "block_size": block_size, "num_blocks": num_blocks}
+        self._blocks = shards * (num_blocks - 1)
         self._options = {"budget": mixed_budget(max_num_batched_tokens, max_num_seqs), "steps": steps}
         self._options |= {"attention": attention}
         self._key = jax.random.key(seed)
         self._backlog: collections.deque[tuple[Answer, Requests, int]] = collections.deque()
-        self._lines: list[Answer | None] = [None] * lines
+        self._lines: list[Answer | None] = [None] * (lines * shards)
         self._leaving: dict[Answer, Finish] = {}
         self._watch: dict[Answer, Callable[[Answer], None]] = {}
         self._lock = threading.RLock()
@@ -206,7 +214,7 @@ class Engine:
         return self._counts | {
             "waiting": unfinished - self._counts["running"],
             "ended": len(self._ended),
-            "occupancy": used / (self._limits["num_blocks"] - 1),
+            "occupancy": used / self._blocks,
             "tokens_per_s": tokens / seconds if seconds else 0.0,
             "time_to_first_token": statistics.median(firsts) if firsts else 0.0,
             "time_per_token": statistics.median(spans) if spans else 0.0,
@@ -224,11 +232,12 @@ class Engine:
         if not any(self._lines):
             return []
         started = time.perf_counter()
-        self.service, news = chunk(self._model, self.service, self._policy, **self._options)
+        self.service, news = self._programs.chunk(self._model, self.service, self._policy, **self._options)
         news = jax.device_get(news)
         self._seconds += time.perf_counter() - started
-        self._counts |= {"steps": int(news.steps), "running": int(news.running), "blocks_used": int(news.used)}
-        self._counts["preemptions"] += int(news.preemptions)
+        running, used, preemptions = (int(np.sum(n)) for n in (news.running, news.used, news.preemptions))
+        self._counts |= {"steps": int(np.max(news.steps)), "running": running, "blocks_used": used}
+        self._counts["preemptions"] += preemptions
         return [a for line, a in enumerate(list(self._lines)) if a is not None and self._read(line, a, news)]
 
     def _leave(self) -> None:
@@ -237,7 +246,7 @@ class Engine:
         for reason in set(leaving.values()):
             lines = np.array([answer is not None and leaving.get(answer) == reason for answer in self._lines])
             if lines.any():
-                self.service = leave(self.service, lines, reason=reason)
+                self.service = self._programs.leave(self.service, lines, reason=reason)
         self._lines = [None if answer in leaving else answer for answer in self._lines]
 
     def _enter(self) -> None:
@@ -247,7 +256,8 @@ class Engine:
                 answer, requests, ticket = self._backlog.popleft()
                 if answer.finish_reason is None:
                     self._lines[line] = answer
-                    self.service = enter(self.service, requests, np.array([line]), np.array([ticket]))
+                    at = np.array([line]), np.array([ticket])
+                    self.service = self._programs.enter(self.service, requests, *at)
 
     def _read(self, line: int, answer: Answer, news: News) -> bool:
         """Takes what is new for a request; whether there was anything. A line is free once the device ended it."""

@@ -1,6 +1,7 @@
 """What holds on eight devices: run as a program of its own, since a process counts its devices once.
 
     python -m tests.models.devices [NAME ...]       eight devices; a JSON object: check -> what went wrong, or nothing
+                                                    NAME: one of CHECKS, or any mode on any mesh, like "beams (1, 8)"
     python -m tests.models.devices HOST:PORT 0      the first of two processes with a device each
 
 Every check is an equality with one device or with Hugging Face's golden tokens, in float32.
@@ -21,7 +22,7 @@ import pytest
 
 import models
 import paxattn as pax
-from models import checkpoint, sharding
+from models import checkpoint, sharding, snapshot
 from models.lanes import Lanes
 from paxattn.mesh import deal, join
 from tests.paths import GOLDEN
@@ -66,6 +67,11 @@ def on(program, where):
     """A program jitted, on a mesh or on one device."""
     static = SIZES if program is pax.serve else STATIC
     return jax.jit(program if where is None else pax.on_mesh(program, where), static_argnames=static)
+
+
+def tokens_in(state):
+    """What the rows of a state have, prompts included."""
+    return [ids[:n].tolist() for ids, n in zip(np.asarray(state.tokens), np.asarray(state.known), strict=True)]
 
 
 def run(program, where, *args, name="tiny_llama", layers=None, **options):
@@ -151,6 +157,27 @@ def serving_is(where):
     assert tokens_of(found) == [tokens[:n] for tokens, n in zip(expected["greedy"], new, strict=True)]
     assert broken(found.cache) == 0
     assert int(found.preemptions.sum()) > 0
+
+
+def engine_is(where):
+    """Requests that come and go on a mesh: tokens of Hugging Face, whichever shard they went to; nothing is kept."""
+    model, ids, length, expected = tiny()
+    sizes = {"max_num_seqs": 2, "max_model_len": 60, "block_size": 4, "num_blocks": 17, "max_num_batched_tokens": 16}
+    it = pax.Engine(models.shard(model, where), steps=4, max_num_requests=2, mesh=where, **sizes)
+    prompts = [ids[row, :n].tolist() for row, n in enumerate(length)]
+    answers = [it.submit(prompt, max_new_tokens=12) for prompt in prompts]
+    it.step()
+    assert it.metrics()["running"] == 2 * where.shape["data"]
+    assert it.cancel(answers[1])
+    again = [it.submit(prompt, max_new_tokens=6) for prompt in prompts]
+    it.run()
+    assert answers[1].finish_reason == "cancelled"
+    wanted = [tokens[:12] for tokens in expected["greedy"]] + [tokens[:6] for tokens in expected["greedy"]]
+    found = [answer.token_ids for answer in answers + again]
+    assert found[:1] + found[2:] == wanted[:1] + wanted[2:]
+    assert found[1] == wanted[1][: len(found[1])]
+    assert it.metrics()["output_tokens"] == sum(map(len, found))
+    assert broken(it.service.cache) == 0
 
 
 def replicas_are_identical():
@@ -256,6 +283,68 @@ def files_go_straight_to_their_devices():
         assert held == {(64, 2, 160 // where.shape["model"])}
 
 
+@functools.cache
+def over(program, where):
+    """A program jitted for the lanes of a mesh, or for one device."""
+    return jax.jit(program if where is None else pax.spread(program, where), static_argnames="budget")
+
+
+def travel(folder, *stations):
+    """A batch saved on each mesh, after eight steps, and gone on from on the next; the last one ends it."""
+    _, ids, length, _ = tiny()
+    given = ids, length, {**KNOBS, "key": jax.random.split(KNOBS["key"], 6)}
+    for at, where in enumerate(stations):
+        model = tiny()[0].first(1)
+        model = model if where is None else models.shard(model, where)
+        if at:
+            state = snapshot.restore(folder / str(at - 1), model, where)
+        else:
+            ids, length, knobs = given if where is None else deal(given, where.shape["data"])
+            start = pax.start if where is None else pax.spread(pax.start, where)
+            state = start(model, ids, length, max_new_tokens=20, block_size=3, **knobs)
+        more = jnp.int32(8 if at + 1 < len(stations) else 99)
+        state = over(pax.advance, where)(model, state, budget=19, steps=more)
+        snapshot.save(folder / str(at), state, model)
+    return state
+
+
+def snapshots_move():
+    """Saved on one mesh, gone on from on another, with KV heads repeated or not: as if nothing had happened."""
+    with tempfile.TemporaryDirectory() as place:
+        folders = [Path(place) / name for name in ("stays", "model", "data")]
+        stays = travel(folders[0], None)
+        moved = travel(folders[1], None, mesh(1, 8), None)
+        assert tokens_in(moved) == tokens_in(stays)
+        assert [x.shape for x in jax.tree.leaves(moved)] == [x.shape for x in jax.tree.leaves(stays)]
+        dealt = travel(folders[2], mesh(2, 4), mesh(2, 1))
+        assert tokens_in(join(dealt, mesh(2, 1), 6)) == tokens_in(stays)
+        assert not any(int(jnp.sum(n)) for n in jax.vmap(pax.violations)(dealt.cache.table).values())
+
+        wide = models.shard(tiny()[0].first(1), mesh(1, 8))
+        pool = snapshot.restore(folders[1] / "0", wide, mesh(1, 8)).cache.layers[0].k  # of one device: two KV heads
+        assert {shard.data.shape[2] for shard in pool.addressable_shards} == {1}
+        one = snapshot.restore(folders[1] / "0", tiny()[0].first(1)).cache.layers[0].k
+        assert np.array_equal(pool[0], jnp.repeat(one, 4, axis=1))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("orbax.checkpoint.experimental.v1.load", None)  # nothing is read
+            with pytest.raises(snapshot.SnapshotError, match=r"saved on data=2, which cannot become data=1"):
+                snapshot.restore(folders[2] / "0", tiny()[0].first(1))
+            with pytest.raises(sharding.MeshError, match=r"`models.shard` it first"):
+                snapshot.restore(folders[1] / "0", tiny()[0].first(1), mesh(1, 8))
+            with pytest.raises(sharding.MeshError, match="num_attention_heads = 8"):
+                snapshot.restore(folders[1] / "0", tiny()[0].first(1), mesh(1, 3))
+            state = pax.start(Toy.create(), *prompts((3,)), max_new_tokens=2)
+            snapshot.save(folders[0] / "toy", state, Toy.create())
+            with pytest.raises(snapshot.SnapshotError, match=r"pools of 2 KV heads.*saved on model=1"):
+                snapshot.restore(folders[0] / "toy", Toy.create(), mesh(1, 2))
+
+
+def one_process_writes():
+    """Several cannot share a snapshot's directory."""
+    with pytest.raises(snapshot.SnapshotError, match="2 processes cannot write one snapshot"):
+        snapshot.save("nowhere", jnp.ones(3), Toy.create())
+
+
 def what_does_not_fit_is_refused():
     """Heads, vocabulary and devices: each named in the error."""
     for devices, words in ((3, "num_attention_heads = 8.*intermediate_size = 160"), (5, "vocab_size = 384")):
@@ -269,40 +358,56 @@ def what_does_not_fit_is_refused():
         pax.on_mesh(pax.generate, mesh(2, 1))(tiny()[0], np.array([[400]]), np.array([1]), max_new_tokens=2)
 
 
+MODES = {
+    "generate": greedy_is,
+    "sampling": sampled_is,
+    "samples": samples_share,
+    "beams": beams_are,
+    "speculation": speculation_is,
+    "sampled speculation": sampled_speculation_is,
+    "serving": serving_is,
+    "engine": engine_is,
+}
+
+MATRIX = {
+    f"{mode} {sizes}": lambda check=check, sizes=sizes: check(mesh(*sizes))
+    for mode, check in MODES.items()
+    for sizes in ((1, 2), (2, 1), (2, 2), (2, 4), (1, 8))
+}
+"""Every mode on every mesh: too long for each run of the suite, which has the ones in `CHECKS`."""
+
 CHECKS = {
-    "generate (2, 4)": lambda: greedy_is(mesh(2, 4)),
-    "generate (1, 8)": lambda: greedy_is(mesh(1, 8)),
+    "generate (2, 4)": MATRIX["generate (2, 4)"],
+    "generate (1, 8)": MATRIX["generate (1, 8)"],
     "generate, tied embedding (2, 2)": lambda: greedy_is(mesh(2, 2), "tiny_llama3_rope_tied"),
-    "sampling (2, 4)": lambda: sampled_is(mesh(2, 4)),
-    "samples (2, 2)": lambda: samples_share(mesh(2, 2)),
-    "beams (2, 4)": lambda: beams_are(mesh(2, 4)),
-    "speculation (2, 4)": lambda: speculation_is(mesh(2, 4)),
-    "sampled speculation (1, 2)": lambda: sampled_speculation_is(mesh(1, 2)),
-    "serving (2, 4)": lambda: serving_is(mesh(2, 4)),
+    "sampling (2, 4)": MATRIX["sampling (2, 4)"],
+    "samples (2, 2)": MATRIX["samples (2, 2)"],
+    "beams (2, 4)": MATRIX["beams (2, 4)"],
+    "speculation (2, 4)": MATRIX["speculation (2, 4)"],
+    "sampled speculation (1, 2)": MATRIX["sampled speculation (1, 2)"],
+    "serving (2, 4)": MATRIX["serving (2, 4)"],
+    "engine (2, 2)": MATRIX["engine (2, 2)"],
     "replicas": replicas_are_identical,
     "collectives": collectives_of_a_step,
     "ahead": programs_come_from_shapes,
     "biases": biases_count_once,
     "any model": any_model_runs_data_parallel,
     "files": files_go_straight_to_their_devices,
+    "snapshots": snapshots_move,
     "refusals": what_does_not_fit_is_refused,
 }
 
 SHARED = {
-    "generate (1, 2)": lambda: greedy_is(mesh(1, 2)),
-    "speculation (1, 2)": lambda: speculation_is(mesh(1, 2)),
-    "beams (2, 1)": lambda: beams_are(mesh(2, 1)),
-    "serving (2, 1)": lambda: serving_is(mesh(2, 1)),
-}
+    name: MATRIX[name] for name in ("generate (1, 2)", "speculation (1, 2)", "beams (2, 1)", "serving (2, 1)")
+} | {"a snapshot": one_process_writes}
 """Of two processes."""
 
 
 def main() -> None:
-    """Runs all checks, or those that are named."""
+    """Runs all checks, or those that are named, of the whole matrix too."""
     results, names = {}, sys.argv[1:]
-    for name, check in (CHECKS if jax.process_count() == 1 else SHARED).items():
-        if jax.process_count() == 1 and names and name not in names:
-            continue
+    checks = SHARED if jax.process_count() > 1 else {name: (CHECKS | MATRIX)[name] for name in names or CHECKS}
+    for name, check in checks.items():
         try:
             check()
             results[name] = ""

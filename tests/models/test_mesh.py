@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from models.hosts import HEARTBEAT
+from models.hosts import HEARTBEAT, PATIENCE
 from tests.models.devices import CHECKS, SHARED
 from tests.paths import GOLDEN, ROOT
 
@@ -81,6 +81,33 @@ def test_the_command_line_in_two_processes():
     assert first.returncode == second.wait(timeout=60) == 0, err
     assert [answer["token_ids"] for answer in json.loads(out)["outputs"]] == [t[:6] for t in EXPECTED["greedy"][:3]]
     assert second.communicate()[0] == ""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def lonely():
+    """The first of two processes, whose other never comes; it waits while other tests run."""
+    named = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"}
+    process = start("models.cli", "serve-bench", "--shapes", "tiny", "--mesh", "data=1,model=2", **named)
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def test_a_process_does_not_wait_for_ever(lonely):
+    out, err = lonely.communicate(timeout=2 * PATIENCE)
+    assert lonely.returncode != 0
+    assert f"waits for the other processes, {PATIENCE} s at most" in err
+    assert out == ""
+
+
+def test_a_mesh_that_does_not_fit_the_model_ends_with_every_size_that_does_not():
+    words = ("generate", "--prompt-ids", "1", "--model", TINY, "--mesh", "data=1,model=3")
+    process = start("models.cli", *words, XLA_FLAGS="--xla_force_host_platform_device_count=3")
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "num_attention_heads = 8" in err
+    assert "num_key_value_heads = 2" in err
+    assert out == ""
 
 
 def test_processes_that_were_started_differently_end():
