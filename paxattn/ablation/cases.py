@@ -38,7 +38,7 @@ def cases(kind: type[ModelRun] | type[PoolRun], options: dict[str, Any], config:
         raise ValueError(f"{empty[0]} is an empty list; give at least one value.")
     for values in itertools.product(*swept.values()):
         given = dict(zip(swept, values, strict=True))
-        run = kind(**{name: value for name, value in given.items() if name in of_run})
+        run: Any = kind(**{name: value for name, value in given.items() if name in of_run})
         sizes = {name: value for name, value in given.items() if name in of_kernel}
         if sizes:
             run = dataclasses.replace(run, attention=with_sizes(run.attention, **sizes))
