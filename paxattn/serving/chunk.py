@@ -10,6 +10,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from paxattn.decoding.eviction import Eviction
 from paxattn.decoding.generate import new_tokens
 from paxattn.serving.loop import most, run
 from paxattn.serving.policy import Policy
@@ -33,11 +34,11 @@ class News:
 
 
 @functools.partial(jax.jit, static_argnames=("budget", "steps", "attention"), donate_argnames="service")
-def chunk(model, service: Service, policy: Policy, *, budget: int, steps: int, attention: str):
+def chunk(model, service: Service, policy: Policy, evict: Eviction | None, *, budget: int, steps: int, attention: str):
     """`steps` steps, and what they brought."""
     known = service.queue.known
     preempted = jnp.sum(service.queue.preemptions)
-    service = run(model, service, budget=budget, policy=policy, steps=steps, attention=attention)
+    service = run(model, service, budget=budget, policy=policy, steps=steps, attention=attention, evict=evict)
     queue = service.queue
     news = News(
         tokens=new_tokens(queue.tokens, known, queue.known, steps),

@@ -19,6 +19,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 import jax
 import numpy as np
 
+from paxattn.decoding.eviction import Eviction
 from paxattn.decoding.generate import MAX_NUM_BATCHED_TOKENS
 from paxattn.decoding.model import Model
 from paxattn.decoding.step import Finish
@@ -58,6 +59,7 @@ class Engine:
       eos_token_id: none, one or several ids that end a request.
       seed: of requests that bring no key; the i-th one submitted samples with fold_in(key(seed), i).
       attention: implementation of paged attention, by name.
+      evict: gives blocks back while rows live, as in `serve`.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class Engine:
         eos_token_id: int | Sequence[int] = (),
         seed: int = 0,
         attention: str = "auto",
+        evict: Eviction | None = None,
     ):
         lines = 2 * max_num_seqs if max_num_requests is None else max_num_requests
         for name, value in (("steps", steps), ("max_num_requests", lines)):
@@ -92,7 +95,7 @@ class Engine:
             eos_token_id=eos_token_id,
         )
         self._model = model
-        self._policy = Policy() if policy is None else policy
+        self._policy, self._evict = Policy() if policy is None else policy, evict
         self._limits = {"max_model_len": max_model_len, "block_size": block_size, "num_blocks": num_blocks}
         self._options = {"budget": mixed_budget(max_num_batched_tokens, max_num_seqs), "steps": steps}
         self._options |= {"attention": attention}
@@ -224,7 +227,7 @@ class Engine:
         if not any(self._lines):
             return []
         started = time.perf_counter()
-        self.service, news = chunk(self._model, self.service, self._policy, **self._options)
+        self.service, news = chunk(self._model, self.service, self._policy, self._evict, **self._options)
         news = jax.device_get(news)
         self._seconds += time.perf_counter() - started
         self._counts |= {"steps": int(news.steps), "running": int(news.running), "blocks_used": int(news.used)}

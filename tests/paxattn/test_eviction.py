@@ -117,6 +117,7 @@ class Near:
         return self.toy.logits(hidden)
 
 
+@functools.cache
 def near(samples, **options):
     options |= {"max_num_batched_tokens": CHUNK, "temperature": 0.5, "num_return_sequences": samples, **OPTIONS}
     return jax.jit(lambda toy: pax.generate(Near(toy), *PROMPTS, **options))(TOY)
@@ -132,6 +133,46 @@ def test_a_window_model_does_not_notice():
     assert int(less.stats.blocks_peak) <= room < rows * NEW // SIZE
     assert int(less.cache.table.blocks.num_used) == 0
     assert int(less.stats.blocks_allocated) == int(less.stats.blocks_freed)
+
+
+SERVED = {"max_model_len": WIDTH, "block_size": SIZE, "max_num_batched_tokens": CHUNK}
+
+
+def serve(model, sampling=(), **options):
+    requests = pax.Requests.create(*PROMPTS, max_new_tokens=NEW, **dict(sampling))
+    return jax.jit(lambda model: pax.serve(model, requests, **SERVED | options))(model)
+
+
+@pytest.mark.parametrize("evict", [None, sliding_window(6)], ids=["kept", "evicted"])
+def test_serving_in_a_pool_of_the_longest_request(evict):
+    """More rows than the pool holds whole: where a window is evicted nobody is preempted; the tokens are the same."""
+    room = -(-(max(LENGTHS) + NEW - 1) // SIZE)
+    served = serve(Near(TOY), {"temperature": 0.5}.items(), max_num_seqs=4, num_blocks=1 + room, evict=evict)
+    pax.check(served.status)
+    assert tokens_of(served) == tokens_of(near(1))
+    assert (int(served.preemptions.sum()) == 0) == (evict is not None)
+    assert int(served.cache.table.blocks.num_used) == 0
+    assert int(served.stats.blocks_allocated) == int(served.stats.blocks_freed)
+
+
+def test_serving_everybody_at_once_is_generating():
+    """With the same chunks a score evicts the same pages, whoever runs the loop."""
+    options = {"evict": EVICTIONS["norms"], "max_num_batched_tokens": 64}
+    generated = jax.jit(lambda toy: pax.generate(toy, *PROMPTS, **OPTIONS | options))(TOY)
+    served = serve(TOY, max_num_seqs=len(LENGTHS), **options)
+    assert tokens_of(served) == tokens_of(generated)
+    assert int(served.stats.blocks_peak) == int(generated.stats.blocks_peak)
+
+
+def test_a_preempted_row_gives_back_what_it_still_holds():
+    """Any score, a pool that is too small for all: everybody ends, and each block is counted once."""
+    served = serve(TOY, max_num_seqs=4, num_blocks=15, evict=EVICTIONS["norms"])
+    pax.check(served.status)
+    assert served.length.tolist() == [NEW] * len(LENGTHS)
+    assert int(served.preemptions.sum()) > 0, "this test preempts"
+    assert int(served.stats.blocks_peak) <= 14
+    assert int(served.stats.blocks_allocated) == int(served.stats.blocks_freed)
+    assert not served.cache.table.blocks.refcount.any()
 
 
 def test_a_shared_block_stays_with_its_other_holders():
