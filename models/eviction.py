@@ -22,7 +22,5 @@ def eviction(how: pax.Eviction | str | None, config: LlamaConfig) -> pax.Evictio
         raise ValueError(f"evict is {how!r}; write window:W or sinks:S,window:W, in tokens.")
     sinks, window = int(read[1] or 0), int(read[2])
     if sinks and config.sliding_window is not None:
-        raise ValueError(
-            f"evict is {how!r}; the model has a window of {config.sliding_window} tokens: leave out sinks."
-        )
+        raise ValueError(f"evict is {how!r}, but the model has a window of {config.sliding_window} tokens: no sinks.")
     return pax.sinks_and_window(sinks, window)

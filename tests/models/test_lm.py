@@ -152,12 +152,11 @@ def test_bad_drafters_are_refused(how, message):
 
 
 def test_eviction_by_name_or_object_in_batches_and_through_the_engine():
-    """What the loops of paxattn give, and fewer blocks; a window of the whole text evicts nothing."""
+    """The same tokens every way, with fewer blocks."""
     tiny = models.load(GOLDEN / "tiny_llama")
     prompts = [[82, 154, 252, 9, 9, 1, 7, 30], [87, 8, 4], [5, 6, 7, 5, 6]]
     common = {"max_new_tokens": 16, "block_size": 2, "eos_token_id": ()}
-    plain, never = (tiny.generate(prompts, evict=how, **common) for how in (None, "window:99"))
-    assert [o.token_ids for o in never.outputs] == [o.token_ids for o in plain.outputs]
+    plain = tiny.generate(prompts, **common)
     runs = [tiny.generate(prompts, evict=how, **common) for how in ("sinks:2,window:5", pax.sinks_and_window(2, 5))]
     runs.append(tiny.generate(prompts, evict="sinks:2,window:5", max_num_seqs=2, **common))
     assert runs[0].stats == runs[1].stats
@@ -179,5 +178,5 @@ def test_evictions_that_cannot_be_are_refused(options, message):
 
 
 def test_a_window_of_the_models_own_has_no_sinks():
-    with pytest.raises(ValueError, match="a window of 8 tokens: leave out sinks"):
+    with pytest.raises(ValueError, match="a window of 8 tokens: no sinks"):
         eviction("sinks:1,window:8", dataclasses.replace(CONFIGS["tiny"], sliding_window=8))
