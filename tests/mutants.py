@@ -143,6 +143,7 @@ MUTANTS = (
     Mutant("evict: a preempted row counts its holes as freed", "paxattn/serving/service.py", "rows[:, None] & (service.cache.table.pages != NULL)", "jnp.where(rows, service.cache.table.pages_for(service.cache.table.length), 0)", EVICTION + "::test_a_preempted_row_gives_back_what_it_still_holds"),
     Mutant("evict: attention of serving sees the hole", "paxattn/serving/loop.py", "model if evict is None else Forgetful(model)", "model", EVICTION + "::test_serving_everybody_at_once_is_generating"),
     Mutant("evict: the engine forgets to", "paxattn/serving/chunk.py", "attention=attention, evict=evict)", "attention=attention)", "tests/models/test_lm.py::test_eviction_by_name_or_object_in_batches_and_through_the_engine"),
+    Mutant("evict: evicted pages look shared", "paxattn/sharing.py", "jnp.sum(table.blocks.refcount, dtype=jnp.int32)", "jnp.sum(table.pages_for(table.length), dtype=jnp.int32)", EVICTION + "::test_attention_sees_what_a_row_still_holds"),
     Mutant("evict: a page that fills may go", "paxattn/decoding/eviction.py", "jnp.where(full & (table.pages != NULL)", "jnp.where((table.pages != NULL)", EVICTION + "::test_a_shared_block_stays_with_its_other_holders"),
     Mutant("mesh: tokens of a slice count from zero", "paxattn/decoding/vocabulary.py", "(mine.token + offset(scores))", "mine.token", MESH.format("generate (1, 8)")),
     Mutant("mesh: sums of slices are not rescaled", "paxattn/decoding/vocabulary.py", "jnp.sum(totals * jnp.exp(tops - top), axis=0)", "jnp.sum(totals, axis=0)", MESH.format("beams (2, 4)")),

@@ -79,6 +79,7 @@ def test_attention_sees_what_a_row_still_holds(name):
         peak = max(peak, int(holes(state.cache.table).sum()))
     assert peak > 8, "this test evicts"
     assert int(end.stats.blocks_allocated) == int(end.stats.blocks_freed)
+    assert end.stats.sharing.saving == 0, "what is evicted is not shared"
     for row, length in enumerate(LENGTHS):
         for at in range(length, length + NEW):
             scores = dense_logits(end.tokens[row], seen[row], at - 1)
