@@ -1,43 +1,53 @@
 """Two GPUs against one of the same machine: decode steps and the serving workload, model=2 and data=2.
 
+psum      the all-reduce of a layer alone, N of them in one program                             -> us each
 decode    prompts stand in the cache (pages taken, contents zero), then N plain greedy steps   -> ms a step
 serving   256 requests, `random.Random(0)`, 100..1024 tokens each way, no end token             -> tokens / s
-psum      the all-reduce of a layer alone, N of them in one program                             -> us each
 
-python benchmarks/gpu_scaling.py --save            python benchmarks/gpu_scaling.py --tiny
+All programs of all sides are compiled together, from shapes, before the first array is made.
+    python benchmarks/gpu_scaling.py --save            python benchmarks/gpu_scaling.py --tiny
 """
 
 import argparse
+import collections
 import dataclasses
 import functools
 import gc
 import json
+import math
+import re
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import programs
 import record
 from gpu_serving import BUDGET, EVERYTHING, blocks_for
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.stages import Compiled, Lowered
 
 import paxattn as pax
 from models.lanes import Lanes
-from models.llama import random_llama
 from models.serve_bench import Bench, workload
 from models.shapes import CONFIGS
 
 SIDES = {"one": None, "model=2": (1, 2), "data=2": (2, 1)}
 GOALS = {("model=2", "decode", 1): 1.6, ("data=2", "serving", None): 1.95}
 METHOD = """
-One process, random weights, greedy. Decode: time of one call of N steps / N, from a fresh state whose pages are taken
-and whose cached contents are zero; host clock around a blocking call; the first run warms, median of the rest. Rows are
-those of all devices together; data=2 deals them to two shards. Serving: as in gpu_serving.py, one run after a warm-up
-of a few steps; data=2 deals the requests, its rows and blocks are a shard's. psum: a loop of all-reduces of [rows, E]
-in the model's dtype over both devices, time of the call / their number. times: one device's time / this time.
+One process, random weights, greedy; one device has its model packed, a mesh as it is. Decode: time of one call of N
+steps / N, from a fresh state whose pages are taken and whose cached contents are zero; host clock around a blocking
+call; the first run warms, median of the rest. Rows are those of all devices together; data=2 deals them to two shards.
+Serving: as in gpu_serving.py, one run after a warm-up of 8 steps; data=2 deals the requests, its rows and blocks are a
+shard's. psum: NCCL's own time for the collective of a layer: a loop of all-reduces of [rows, E] in the model's dtype
+over both devices, which XLA hands to NCCL, with nothing between them but a product by 1/2; time of the call / their
+number. collectives: how many a decode step has, counted in the compiled text: two all-reduces a layer and the
+embedding's; the head's is a gather of 3 numbers a row. all_reduce_share: their number x psum at these rows / the time
+of a step, computed and not traced. times: one device's time / this time.
 """
+COLLECTIVES = r" (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
 
 
 def mesh_of(side: str) -> Mesh | None:
@@ -46,9 +56,14 @@ def mesh_of(side: str) -> Mesh | None:
     return shape and Mesh(np.array(jax.devices()[:2]).reshape(shape), ("data", "model"))
 
 
+def collectives(program: Compiled) -> dict[str, int]:
+    """How many of each kind stand in the program; one in a loop counts once."""
+    return dict(collections.Counter(re.findall(COLLECTIVES, program.as_text())))
+
+
 @dataclasses.dataclass(frozen=True)
 class Decode:
-    """Plain decode steps of `rows` rows that hold `prompt` tokens each."""
+    """Plain decode steps of `rows` rows that hold `prompt` tokens each; `model` may be shapes until it runs."""
 
     model: pax.Model
     mesh: Mesh | None
@@ -57,23 +72,26 @@ class Decode:
     new: int
     attention: str
 
-    def start(self):
-        """The state before its first step."""
-        length = jnp.full(self.rows, self.prompt)
-        ids = jnp.ones((self.rows, self.prompt), jnp.int32)
-        return jax.block_until_ready(
-            self._spread(self._begin)(self.model, *Lanes(self.mesh, self.rows).deal((ids, length)))
-        )
+    @property
+    def lanes(self) -> Lanes:
+        """How the rows lie on the mesh."""
+        return Lanes(self.mesh, self.rows)
 
-    def _spread(self, f):
-        return jax.jit(f) if self.mesh is None else pax.spread(f, self.mesh)
+    @functools.cached_property
+    def prompts(self) -> tuple:
+        """Ids and lengths, dealt."""
+        return self.lanes.deal((jnp.ones((self.rows, self.prompt), jnp.int32), jnp.full(self.rows, self.prompt)))
 
     def _begin(self, model, ids, length):
         state = pax.start(model, ids, length, max_new_tokens=self.new + 1, max_model_len=self.prompt + self.new + 1)
         table, _, _ = pax.append(state.cache.table, length - 1)
         return dataclasses.replace(state, cache=pax.Cache(table, state.cache.layers))
 
-    def lowered(self):
+    def lower_start(self) -> Lowered:
+        """(model, *prompts) -> the state before its first step."""
+        return jax.jit(self.lanes.spread(self._begin)).lower(self.model, *self.prompts)
+
+    def lower(self) -> Lowered:
         """(model, state) -> the state `new` steps on."""
 
         def loop(model, state):
@@ -81,14 +99,14 @@ class Decode:
             more = lambda s: jnp.any(s.running) & (s.stats.steps < self.new) & s.is_plain  # noqa: E731
             return jax.lax.while_loop(more, lambda s: step(s, shared=False, greedy=True), state)
 
-        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self.start())
-        return jax.jit(self._spread(loop), donate_argnums=1).lower(self.model, shapes)
+        state = self.lanes.outline(self._begin, self.model, *self.prompts)
+        return jax.jit(self.lanes.spread(loop), donate_argnums=1).lower(self.model, state)
 
-    def seconds(self, program, repeats: int) -> list[float]:
+    def seconds(self, start: Compiled, program: Compiled, repeats: int) -> list[float]:
         """Of each run but the first."""
         spans = []
         for _ in range(1 + repeats):
-            state = self.start()
+            state = jax.block_until_ready(start(self.model, *self.prompts))
             began = time.perf_counter()
             state = jax.block_until_ready(program(self.model, state))
             spans.append(time.perf_counter() - began)
@@ -97,58 +115,84 @@ class Decode:
         return spans[1:]
 
 
-def measure(side: str, options: argparse.Namespace) -> list[dict]:
-    """One side: makes the model, compiles everything in parallel, runs it."""
-    mesh, config = mesh_of(side), CONFIGS[options.shapes]
-    make = jax.jit(lambda key: random_llama(config, key, options.dtype))
-    key = jax.random.key(0)
-    model = jax.block_until_ready(make(key) if mesh is None else random_llama(config, key, options.dtype, mesh))
-    shards = Lanes(mesh, 1).shards
-    sizes = [(rows, prompt) for rows, prompt in options.rows if rows >= shards]
+@dataclasses.dataclass(frozen=True)
+class Side:
+    """What is measured on one side, and the key of each of its programs: (side, what, which)."""
+
+    name: str
+    decodes: list[Decode]
+    bench: Bench
+
+    def lower(self, options: argparse.Namespace) -> dict[tuple, Callable[[], Lowered]]:
+        """How to lower each of its programs."""
+        parts = {"serving": self.bench} | {decode.rows: decode for decode in self.decodes}
+        maker = functools.partial(programs.lower_maker, CONFIGS[options.shapes], options.dtype, self.bench.mesh)
+        lower = {(what, "run"): part.lower for what, part in parts.items()} | {("model", "run"): maker}
+        lower |= {(what, "start"): part.lower_start for what, part in parts.items()}
+        return {(self.name, *key): make for key, make in lower.items()}
+
+    def measure(self, compiled: dict[tuple, Compiled], psum_us: dict[int, float], repeats: int) -> list[dict]:
+        """Makes the model and runs everything."""
+        model, lines = programs.make(compiled[self.name, "model", "run"], self.bench.mesh), []
+        for decode in (dataclasses.replace(decode, model=model) for decode in self.decodes):
+            start, program = (compiled[self.name, decode.rows, which] for which in ("start", "run"))
+            ms = record.summary([1e3 * s / decode.new for s in decode.seconds(start, program, repeats)])
+            found = collectives(program)
+            share = found.get("all-reduce", 0) * psum_us[decode.rows] / 1e3 / ms["median"]
+            line = {"side": self.name, "what": "decode", "rows": decode.rows, "prompt": decode.prompt}
+            lines.append(line | {"ms_per_step": ms, "collectives": found, "all_reduce_share": share})
+        bench = dataclasses.replace(self.bench, model=model)
+        program, opening = (compiled[self.name, "serving", which] for which in ("run", "start"))
+        bench.measure([8, 0], program=program, opening=opening)
+        figures = bench.figures(*bench.measure([EVERYTHING], program=program, opening=opening))
+        line = {"side": self.name, "what": "serving", "rows": None}
+        return [*lines, line | {"max_num_batched_tokens": bench.max_num_batched_tokens} | figures]
+
+
+def side_of(name: str, options: argparse.Namespace) -> Side:
+    """A side from the shapes of its model, before there are arrays."""
+    mesh, config = mesh_of(name), CONFIGS[options.shapes]
+    model = programs.model_shapes(config, options.dtype, mesh)
+    sizes = [(rows, prompt) for rows, prompt in options.rows if rows >= Lanes(mesh, 1).shards]
     decodes = [Decode(model, mesh, *size, options.new, options.attention) for size in sizes]
-    lowered = [decode.lowered() for decode in decodes]
     requests = workload(options.requests, options.low, options.high, config.vocab_size)
     rows = Lanes(mesh, options.requests).hand
     block = 16 * model.cache_spec.bytes_per_token // (1 if mesh is None else mesh.shape["model"])
-    weights = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(model))
-    blocks = blocks_for(weights, rows, options.high, 16, block, 0.8)
+    blocks = blocks_for(sum(map(held, jax.tree.leaves(model))), rows, options.high, 16, block, 0.8)
     budget = max(BUDGET[options.shapes], rows)
-    bench = Bench(model, requests, rows, blocks, 16, budget, options.attention, mesh=mesh)
-    with ThreadPoolExecutor() as pool:
-        compiling = [pool.submit(program.compile) for program in lowered]
-        serving = bench.program
-        programs = [future.result() for future in compiling]
-    lines = []
-    for decode, program in zip(decodes, programs, strict=True):
-        spans = record.summary([1e3 * s / options.new for s in decode.seconds(program, options.repeats)])
-        lines.append(
-            {"side": side, "what": "decode", "rows": decode.rows, "prompt": decode.prompt, "ms_per_step": spans}
-        )
-    del programs, serving
-    service, _ = bench.measure([8, 0])
-    del service
-    service, spans = bench.measure([EVERYTHING])
-    figures = bench.figures(service, spans)
-    lines.append({"side": side, "what": "serving", "rows": None, "max_num_batched_tokens": budget, **figures})
-    del service, bench, decodes, model
-    gc.collect()
-    return lines
+    return Side(name, decodes, Bench(model, requests, rows, blocks, 16, budget, options.attention, mesh=mesh))
 
 
-def psum_alone(rows: int, width: int, dtype: str, count: int, repeats: int) -> dict:
-    """Microseconds of an all-reduce of [rows, width] over both devices, in a loop in one program."""
+def held(x: jax.ShapeDtypeStruct) -> int:
+    """Bytes of it that a device has."""
+    return math.prod(x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+
+
+def lower_psum(rows: int, width: int, dtype: str, count: int) -> Lowered:
+    """(x, half) -> x, all-reduced `count` times. XLA cannot know that both devices have the same `half`."""
     mesh = mesh_of("model=2")
 
-    def many(x):
-        return jax.lax.fori_loop(0, count, lambda _, x: jax.lax.psum(x, "model") * 0.5, x)
+    def many(x, half):
+        return jax.lax.fori_loop(0, count, lambda _, x: jax.lax.psum(x * half, "model"), x)
 
-    program = jax.jit(jax.shard_map(many, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False))
-    x, spans = jnp.ones((rows, width), dtype), []
+    shapes = [
+        jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+        for shape, spec in (((rows, width), P()), ((2, 1), P("model")))
+    ]
+    run = jax.shard_map(many, mesh=mesh, in_specs=(P(), P("model")), out_specs=P(), check_vma=False)
+    return jax.jit(run).lower(*shapes)
+
+
+def psum_alone(program: Compiled, rows: int, width: int, dtype: str, count: int, repeats: int) -> dict:
+    """Microseconds of an all-reduce of [rows, width] over both devices, in a loop in one program."""
+    given = jnp.ones((rows, width), dtype), jnp.full((2, 1), 0.5, dtype)
+    given, spans = jax.device_put(given, program.input_shardings[0]), []
     for _ in range(1 + repeats):
         began = time.perf_counter()
-        jax.block_until_ready(program(x))
+        jax.block_until_ready(program(*given))
         spans.append(1e6 * (time.perf_counter() - began) / count)
-    return {"side": "model=2", "what": "psum", "rows": rows, "bytes": x.nbytes, "us": record.summary(spans[1:])}
+    line = {"side": "model=2", "what": "psum", "rows": rows, "bytes": given[0].nbytes}
+    return line | {"us": record.summary(spans[1:]), "collectives": collectives(program)}
 
 
 def compared(lines: list[dict]) -> list[dict]:
@@ -175,7 +219,10 @@ def table(lines: list[dict]) -> str:
             continue
         value = f"{line['ms_per_step']['median']:10.3f} ms" if line["what"] == "decode" else ""
         value = value or f"{line['output_tokens_per_s']:10,.0f} tokens/s"
-        text.append(f"{name} {value}  {line['times']:.2f}x" + (f" (goal {line['goal']}x)" if line["goal"] else ""))
+        value += f"  {line['times']:.2f}x" + (f" (goal {line['goal']}x)" if line["goal"] else "")
+        if reduces := line.get("collectives", {}).get("all-reduce"):
+            value += f"  {reduces} all-reduces, {line['all_reduce_share']:.0%} of it"
+        text.append(f"{name} {value}")
     return "\n".join(text)
 
 
@@ -189,7 +236,7 @@ def main() -> None:
     add("--new", type=int, default=128, help="decode steps")
     add("--dtype", default="bfloat16")
     add("--attention", default="auto")
-    add("--repeats", type=int, default=3)
+    add("--repeats", type=int, default=2)
     add("--tiny", action="store_true", help="a small model and workload on two CPU devices, in seconds")
     add("--json", action="store_true")
     add("--save", action="store_true", help="write results/h100x2/scaling.json (or the folder of another device)")
@@ -202,16 +249,24 @@ def main() -> None:
     if jax.device_count() < 2:
         print(f"two devices are needed; JAX sees {jax.devices()}")
         return
-    lines, width = [], CONFIGS[options.shapes].hidden_size
-    for side in SIDES:
+    began, sides = time.perf_counter(), [side_of(name, options) for name in SIDES]
+    lower = {key: make for side in sides for key, make in side.lower(options).items()}
+    sums = {rows: (rows, CONFIGS[options.shapes].hidden_size, options.dtype) for rows, _ in options.rows}
+    lower |= {("psum", rows): functools.partial(lower_psum, *size, 8 * options.new) for rows, size in sums.items()}
+    order = sorted(lower, key=lambda key: ("start" in key, "serving" not in key))  # what takes long goes first
+    compiled = programs.side_by_side({key: lower[key] for key in order})
+    print(f"{len(compiled)} programs compiled: {time.perf_counter() - began:.0f} s", flush=True)
+    lines = [psum_alone(compiled["psum", n], *sums[n], 8 * options.new, options.repeats) for n in sums]
+    psum_us = {line["rows"]: line["us"]["median"] for line in lines}
+    for side in sides:
         began = time.perf_counter()
-        lines += measure(side, options)
-        print(f"{side}: {time.perf_counter() - began:.0f} s", flush=True)
-    lines += [psum_alone(rows, width, options.dtype, 8 * options.new, options.repeats) for rows, _ in options.rows]
+        lines += side.measure(compiled, psum_us, options.repeats)
+        gc.collect()  # the model, before the next is made
+        print(f"{side.name}: {time.perf_counter() - began:.0f} s", flush=True)
+        if options.save:  # after each side: a run that is cut leaves what it has
+            folder = "h100x2" if "H100" in jax.devices()[0].device_kind else None
+            record.write("scaling", compared(lines), method=METHOD, folder=folder)
     print(json.dumps(compared(lines), indent=1) if options.json else table(compared(lines)))
-    if options.save:
-        folder = "h100x2" if "H100" in jax.devices()[0].device_kind else None
-        print(record.write("scaling", lines, method=METHOD, folder=folder))
 
 
 if __name__ == "__main__":

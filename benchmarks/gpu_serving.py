@@ -22,7 +22,7 @@ from models.shapes import CONFIGS
 
 VLLM = {"8B": 8375.0, "1B": 32993.0, "135M": 27138.0}
 """Output tokens a second: vLLM 0.24, one H100 80GB, lengths by the same rule, block 16, CUDA graphs, FA3."""
-BUDGET = {"8B": 2048, "1B": 8192, "135M": 8192, "tiny": 512}
+BUDGET = {"8B": 4096, "1B": 8192, "135M": 8192, "tiny": 512}
 """Token axis of a step with prompts: long where the matrix products of the model are small."""
 EVERYTHING = 2**30  # steps
 

@@ -60,7 +60,7 @@ def lower(model, rows: int, prompt: int, ks: list[int]) -> dict:
     start = jax.jit(
         lambda ids: pax.start(model, ids, np.full(rows, prompt), max_new_tokens=NEW + 1, max_model_len=width)
     )
-    plain = jax.jit(functools.partial(pax.advance, budget=budget), donate_argnums=1)
+    plain = jax.jit(functools.partial(pax.advance, budget=budget, shared=False), donate_argnums=1)
     state = functools.partial(jax.eval_shape, start, programs.ids(rows, prompt))
     blank = jax.ShapeDtypeStruct((rows, width), jnp.int32)
     oracle = Oracle(blank, jax.ShapeDtypeStruct((rows, width), jnp.bool_))
@@ -163,14 +163,14 @@ def main() -> None:
         makes |= {(rows, part): make for part, make in lower(shapes, rows, options.prompt, ks).items()}
     compiled = programs.side_by_side(makes)
     model = programs.make(compiled["make"])
-    lines = []
+    lines, name = [], "tiny" if options.tiny else options.model
     for rows in counts:
         parts = {key[1]: program for key, program in compiled.items() if key[0] == rows}
-        lines += measure(model, parts, rows, options.prompt, ks, [0.6, 0.8], options.repeats)
-    name = "tiny" if options.tiny else options.model
-    folder = "h100" if "H100" in jax.devices()[0].device_kind else None
-    about = [{"model": name, **line} for line in lines]
-    print(record.write("speculative", about, method=METHOD, folder=folder) if options.save else about)
+        for line in measure(model, parts, rows, options.prompt, ks, [0.6, 0.8], options.repeats):
+            lines.append({"model": name, **line})
+        if options.save:  # after each number of rows: a run that is cut leaves what it has
+            folder = "h100" if "H100" in jax.devices()[0].device_kind else None
+            print(record.write("speculative", lines, method=METHOD, folder=folder))
 
 
 if __name__ == "__main__":

@@ -10,29 +10,38 @@ from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
 
 import models
 import paxattn as pax
 
 
-def maker(config: models.LlamaConfig, dtype: str):
+def maker(config: models.LlamaConfig, dtype: str, mesh: Mesh | None = None):
     """What makes a model of random weights from a key, to be jitted."""
-    return lambda key: models.random_llama(config, key, dtype)
+    return lambda key: models.random_llama(config, key, dtype, mesh)
 
 
-def make(program: jax.stages.Compiled) -> pax.Packed:
-    """The model that the compiled program of `lower_maker` gives."""
-    return pax.pack(jax.block_until_ready(program(jax.random.key(0))))
+def make(program: jax.stages.Compiled, mesh: Mesh | None = None) -> pax.Model:
+    """The model that the compiled program of `lower_maker` gives, packed where there is no mesh."""
+    model = jax.block_until_ready(program(jax.random.key(0)))
+    return pax.pack(model) if mesh is None else model
 
 
-def model_shapes(config: models.LlamaConfig, dtype: str) -> pax.Packed:
-    """The model of `maker` without its arrays, packed."""
-    return pax.pack(jax.eval_shape(maker(config, dtype), jax.random.key(0)))
+def model_shapes(config: models.LlamaConfig, dtype: str, mesh: Mesh | None = None) -> pax.Model:
+    """The model of `make` without its arrays; on a mesh with where they lie."""
+    model = jax.eval_shape(maker(config, dtype, mesh), jax.random.key(0))
+    if mesh is None:
+        return pax.pack(model)
+    return jax.tree.map(
+        lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec)),
+        model,
+        model.specs("model", mesh.shape["model"]),
+    )
 
 
-def lower_maker(config: models.LlamaConfig, dtype: str) -> jax.stages.Lowered:
+def lower_maker(config: models.LlamaConfig, dtype: str, mesh: Mesh | None = None) -> jax.stages.Lowered:
     """The program that makes a model from a key."""
-    return jax.jit(maker(config, dtype)).lower(jax.random.key(0))
+    return jax.jit(maker(config, dtype, mesh)).lower(jax.random.key(0))
 
 
 def ids(rows: int, width: int) -> jax.ShapeDtypeStruct:

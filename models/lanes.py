@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 import paxattn as pax
-from paxattn.mesh import deal, join
+from paxattn.mesh import deal, join, placed
 
 
 def over(program: Callable, mesh: Mesh | None) -> Callable:
@@ -30,7 +30,7 @@ def _over(program: Callable, mesh: Mesh) -> Callable:
     if f is program:
         return pax.spread(f, mesh)
     names = inspect.signature(f).parameters
-    static = [name for name in ("budget", "attention", "k", "group") if name in names]
+    static = [name for name in ("budget", "attention", "shared", "k", "group") if name in names]
     donated = [name for name in ("state", "search", "service") if name in names]
     return jax.jit(pax.spread(f, mesh), static_argnames=static, donate_argnames=donated)
 
@@ -51,6 +51,15 @@ class Lanes:
     def hand(self) -> int:
         """Prompts a shard."""
         return -(-self.count // self.shards)
+
+    def spread(self, f: Callable) -> Callable:
+        """A function of one shard, over all of them."""
+        return f if self.mesh is None else pax.spread(f, self.mesh)
+
+    def outline(self, f: Callable, *given: Any) -> Any:
+        """What `spread(f)` gives, as shapes with where they lie; `given` may be shapes."""
+        shapes = jax.eval_shape(self.spread(f), *given)
+        return shapes if self.mesh is None else placed(shapes, self.mesh)
 
     def deal(self, tree: Any) -> Any:
         """Arrays with a line a prompt, dealt to the shards."""

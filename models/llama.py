@@ -61,8 +61,7 @@ class Layer(nnx.Module):
 
     def _attention(self, x, angles, plan, kv):
         config = self.config
-        weights = self.qkv[...]
-        qkv = (x @ jax.lax.optimization_barrier(weights.reshape(len(weights), -1))).reshape(len(x), *weights.shape[1:])
+        qkv = jnp.einsum("te,ekgd->tkgd", x, self.qkv[...])
         if config.attention_bias:
             qkv = qkv + self.qkv_bias[...]
         q = qkv[:, :, :-2].reshape(x.shape[0], config.num_attention_heads, config.head_dim)

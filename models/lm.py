@@ -39,7 +39,7 @@ _BATCH_ONLY = {
 }  # fmt: skip
 """Options of batches alone; the engine's rows are not tied to one another."""
 
-_advance = jax.jit(pax.advance, static_argnames=("budget", "attention"), donate_argnames="state")
+_advance = jax.jit(pax.advance, static_argnames=("budget", "attention", "shared"), donate_argnames="state")
 _fan_out = jax.jit(pax.fan_out, static_argnames=("group", "budget", "attention"), donate_argnames="state")
 _speculate = jax.jit(speculative.advance, static_argnames=("k", "budget", "attention"), donate_argnames="state")
 _evict = jax.jit(eviction.advance, static_argnames=("budget", "attention"), donate_argnames="state")
@@ -257,7 +257,7 @@ class LM:
         hook = eviction_of(evict, self.model.config)
         if hook is not None and (search or guesser is not None):
             raise ValueError("evict leaves holes, which neither beams nor a rollback go back over; leave it out.")
-        turn, k = over(_advance, self.mesh), num_speculative_tokens
+        turn, k = functools.partial(over(_advance, self.mesh), shared=group > 1), num_speculative_tokens
         if hook is not None:
             turn = functools.partial(over(_evict, self.mesh), evict=hook)
         if guesser is not None:

@@ -79,15 +79,17 @@ class Bench:
         """Tokens that the largest request holds."""
         return int(np.max(np.asarray(self.requests.prompt_length) + np.asarray(self.requests.max_new_tokens)))
 
-    def start(self):
-        """The service before its first step, all requests in the queue."""
+    @property
+    def lanes(self) -> Lanes:
+        """How the requests lie on the mesh."""
+        return Lanes(self.mesh, self.requests.prompt_length.size)
+
+    def start(self, program: jax.stages.Compiled | None = None):
+        """The service before its first step, all requests in the queue; `program` is what `lower_start` gave."""
         sizes = {"max_model_len": self.max_model_len, "block_size": self.block_size, "num_blocks": self.num_blocks}
         check_requests(self.model, self.requests, **sizes)
-        lanes = Lanes(self.mesh, self.requests.prompt_length.size)
-        return jax.block_until_ready(self._spread(self._begin)(self.model, lanes.deal(self.requests)))
-
-    def _spread(self, f):
-        return jax.jit(f) if self.mesh is None else pax.spread(f, self.mesh)
+        begin = program or jax.jit(self.lanes.spread(self._begin))
+        return jax.block_until_ready(begin(self.model, self.lanes.deal(self.requests)))
 
     def _begin(self, model, requests):
         names = ("num_blocks", "block_size", "max_num_seqs", "trace", "max_model_len")
@@ -95,33 +97,38 @@ class Bench:
         service = open_service(model, lines=line.size, **{name: getattr(self, name) for name in names})
         return dataclasses.replace(service, queue=put(service.queue, requests, line, line, most(service)))
 
+    def lower_start(self) -> jax.stages.Lowered:
+        """(model, requests) -> service; `model` may be shapes alone."""
+        return jax.jit(self.lanes.spread(self._begin)).lower(self.model, self.lanes.deal(self.requests))
+
     def lower(self) -> jax.stages.Lowered:
-        """(model, service, steps) -> service; `model` may be shapes alone where there is no mesh."""
+        """(model, service, steps) -> service; `model` may be shapes alone."""
         budget = mixed_budget(self.max_num_batched_tokens, self.max_num_seqs)
 
         def advance(model, service, steps):
             return run(model, service, budget=budget, policy=pax.Policy(), steps=steps, attention=self.attention)
 
-        service = jax.eval_shape(self._begin, self.model, self.requests) if self.mesh is None else self.start()
-        return jax.jit(self._spread(advance), donate_argnums=1).lower(self.model, service, jnp.int32(1))
+        service = self.lanes.outline(self._begin, self.model, self.lanes.deal(self.requests))
+        return jax.jit(self.lanes.spread(advance), donate_argnums=1).lower(self.model, service, jnp.int32(1))
 
     @functools.cached_property
     def program(self) -> jax.stages.Compiled:
         """What `lower` gives, compiled."""
         return self.lower().compile()
 
-    def measure(self, steps, watch=lambda service, seconds: None, program: jax.stages.Compiled | None = None):
+    def measure(self, steps, watch=lambda service, seconds: None, program=None, opening=None):
         """Serves everything.
 
         Args:
           steps: steps of each call of the program, an iterable; the last ones may find nothing to do.
           watch: called with the service after each call, and the seconds so far.
           program: what `lower` gave, where it was compiled elsewhere.
+          opening: what `lower_start` gave, likewise.
 
         Returns:
           The service at the end, and for each call its seconds and the steps that fed prompts.
         """
-        program, service, spans = program or self.program, self.start(), []
+        program, service, spans = program or self.program, self.start(opening), []
         for more in steps:
             before = _most(service.stats.prefill_steps)
             started = time.perf_counter()

@@ -27,11 +27,12 @@ class Case:
     sliding_window: int | None = None
     soft_cap: float | None = None
     scale: float | None = None
+    hint: bool = True  # whether the caller knows the counts when the program is traced
 
     @property
     def max_queries(self) -> int | None:
         """The hint that a caller would give: decode and verify steps know it, prompts have none."""
-        return max(self.counts) if max(self.counts) <= 8 else None
+        return max(self.counts) if self.hint and max(self.counts) <= 8 else None
 
     @property
     def options(self) -> dict:
@@ -95,6 +96,7 @@ HOPPER_CASES = {  # head sizes, block sizes and lengths that the kernels for Hop
     "verify-ragged": _llama((900, 1000, 60, 77), (8, 8, 3, 8), idle=5),
     "verify-window": _llama((9, 3000, 64, 200), (4,) * 4, sliding_window=100),
     "prefill": _llama((300,), (300,)),
+    "prefill-last-token": _llama((300,), (1,), hint=False),
     "prefill-ragged": _llama((70, 1, 7, 233), (70, 1, 7, 233), idle=13),
     "prefill-chunked": _llama((390, 140, 12, 257), (130, 1, 12, 64), idle=1, block_size=128),
     "prefill-window": _llama((390, 140, 12), (230, 70, 12), sliding_window=100),
@@ -110,6 +112,7 @@ TINY_CASES = {  # small enough to run the kernels' bodies in an interpreter
     "decode-window": _tiny((9, 200, 64), (1, 1, 1), sliding_window=70),
     "decode-soft-cap": _tiny((9, 70), (1, 1), soft_cap=2.0, head_dim=128, block_size=64),
     "verify": _tiny((9, 100, 6), (4, 4, 4)),
+    "prefill-last-token": _tiny((70,), (1,), hint=False),
     "mixed": _tiny((70, 33, 0, 9), (70, 1, 0, 3), idle=2),
 }
 

@@ -1,6 +1,7 @@
 """The Hopper kernels behind one name: what they can do, and which of them a call takes.
 
 max_queries x G <= 64    every row is a tile of the decode kernel
+one row                  prefill
 otherwise                rows of one query -> decode, all others -> prefill: both run, each on its rows
 """
 
@@ -72,7 +73,10 @@ def run(
     if max_queries is not None and max_queries * group <= decode.ROWS:
         given = tuned | options
         return decode.paged_attention(q, k_pool, v_pool, pages, length, query_start, max_queries=max_queries, **given)
-    out, lse = prefill.paged_attention(q, k_pool, v_pool, pages, length, query_start, least=2, **options)
+    least = 1 if length.size == 1 else 2  # who feeds a prompt alone feeds one query at its end, if ever
+    out, lse = prefill.paged_attention(q, k_pool, v_pool, pages, length, query_start, least=least, **options)
+    if least == 1:
+        return out, lse
     one = jnp.diff(query_start) == 1
     token = jnp.where(one, query_start[:-1], q.shape[0])  # of a row with one query; past the end for the others
     few, few_lse = decode.paged_attention(

@@ -104,6 +104,16 @@ def spread(f: Callable, mesh: Mesh) -> Callable:
     return lanes
 
 
+def placed(shapes: Any, mesh: Mesh) -> Any:
+    """Shapes of what `spread` gives with where each array lies: to compile ahead what takes them."""
+
+    def place(node):
+        where = NamedSharding(mesh, _POOL if isinstance(node, KV) else _REST if node.size else P())
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), node)
+
+    return jax.tree.map(place, shapes, is_leaf=lambda node: isinstance(node, KV))
+
+
 def on_mesh(program: Callable, mesh: Mesh) -> Callable:
     """`generate`, `beam_search`, `speculate` or `serve` over a mesh: the same call, ready for `jax.jit`.
 
@@ -218,6 +228,8 @@ def _specs(tree: Any, devices: int) -> Any:
 
 
 def _local(tree: Any) -> Any:
+    if jax.lax.axis_size(MODEL) == 1:  # a group of one has all of it, and no collective
+        return tree
     return jax.tree.map(lambda node: node.local(MODEL) if _is_cut(node) else node, tree, is_leaf=_is_cut)
 
 

@@ -29,8 +29,11 @@ class Toy:
             jax.random.normal(keys[2], (LAYERS, HEADS * DIM, EMBED)) * 0.9,
         )
 
-    vocab_size = VOCAB
     cache_spec = pax.CacheSpec(LAYERS, KV_HEADS, DIM, jnp.float32)
+
+    @property
+    def vocab_size(self):
+        return self.head.shape[1]
 
     def __call__(self, tokens, plan, layers):
         wave = jnp.sin(plan.position[:, None] * (1.3 ** -jnp.arange(EMBED)))

@@ -130,7 +130,7 @@ def _verbs(model: Model, run: ModelRun, budget: int) -> tuple[Callable, Callable
     sizes |= {"num_return_sequences": run.num_return_sequences, "temperature": run.temperature}
     begun = functools.partial(start, model, ids, length, key=jax.random.key(run.seed), **sizes)
     feed = functools.partial(fan_out, group=run.group, **options) if run.group > 1 else None
-    return begun, feed, functools.partial(step.advance, **options)
+    return begun, feed, functools.partial(step.advance, shared=run.group > 1, **options)
 
 
 def _tokens(run: ModelRun, state: Any) -> jax.Array:

@@ -44,7 +44,7 @@ class Drafter(Protocol):
         """Guesses from `state.tokens[:, :known]`; all rows are decoding, those not `running` do not matter.
 
         A guess that is drawn at random gives the probabilities it was drawn from, and takes its noise from
-        `stream(state.sampling, DRAFT)`, or the verdict on it is biased.
+        `stream(state.sampling, DRAFT)`, or the verdict on it is biased. Without `state.sampling` every row is greedy.
         """
         ...
 
@@ -98,6 +98,11 @@ class DraftModel:
     model: Model
     attention: str = static(default="auto")
 
+    @property
+    def vocab_size(self) -> int:
+        """Must be the target's; a drafter that says it is checked before anything runs."""
+        return self.model.vocab_size
+
     def init(self, state: State, k: int) -> Cache:
         """An empty cache in the target's block size, with room for a guess past the row's end."""
         rows, width = state.tokens.shape
@@ -114,7 +119,7 @@ class DraftModel:
         """Reads what it has not read yet, then k steps of one token a row."""
         rows, width = state.tokens.shape
         tokens = jnp.pad(state.tokens, ((0, 0), (0, k)))
-        sampling = stream(state.sampling, DRAFT)
+        sampling = None if state.sampling is None else stream(state.sampling, DRAFT)
 
         def behind(cache):
             return jnp.where(state.running, state.known - cache.table.length, 0)
@@ -151,7 +156,9 @@ class DraftModel:
 
 
 def _guess(logits, sampling, tokens, known):
-    """A token a row and the distribution that it was drawn from; zeros where no row samples."""
+    """A token a row and the distribution that it was drawn from; zeros where no row samples, None if none ever does."""
+    if sampling is None:
+        return pick(logits, None, tokens, known)[0], None
 
     def sample():
         drawn_from = scores(penalise(whole(logits), sampling, tokens, known), sampling)

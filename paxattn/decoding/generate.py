@@ -100,7 +100,8 @@ def generate(
     if num_return_sequences > 1:
         state = fan_out(model, state, group=num_return_sequences, budget=budget, attention=attention)
     width = state.tokens.shape[1] - 1 if is_traced(max_new_tokens) else int(np.max(max_new_tokens))
-    run = advance if evict is None else functools.partial(eviction.advance, evict=evict)
+    run = functools.partial(advance, shared=num_return_sequences > 1)
+    run = run if evict is None else functools.partial(eviction.advance, evict=evict)
     return finish(run(model, state, budget=budget, attention=attention), width=width)
 
 
@@ -157,7 +158,9 @@ def start(
     def rows(x):  # buffers of their own: the state may be donated
         return jnp.repeat(x, num_return_sequences, axis=0)
 
-    sampling = Sampling.create(prompts, **sampling)
+    knobs = Sampling.asked(prompts, **sampling)
+    if knobs is not None:
+        knobs = dataclasses.replace(jax.tree.map(rows, knobs), key=sample_keys(knobs.key, num_return_sequences))
     tokens = jnp.zeros((prompts, max(max_model_len, width)), jnp.int32).at[:, :width].set(prompt_ids)
     prompt_length = jnp.asarray(prompt_length, jnp.int32)
     return State(
@@ -170,7 +173,7 @@ def start(
         limit=rows(prompt_length + jnp.asarray(max_new_tokens, jnp.int32)),
         finish=jnp.full(prompts * num_return_sequences, jnp.int32(Finish.RUNNING)),
         eos=end_ids(eos_token_id),
-        sampling=dataclasses.replace(jax.tree.map(rows, sampling), key=sample_keys(sampling.key, num_return_sequences)),
+        sampling=knobs,
         status=jnp.int32(Status.OK),
         stats=Stats.zeros(),
         trace=jnp.zeros((trace, len(COLUMNS)), jnp.int32) if trace else None,

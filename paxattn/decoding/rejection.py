@@ -20,7 +20,7 @@ from paxattn.typing import Array, Bool, Float32, Int32
 
 def take(
     logits: Scores,
-    sampling: Sampling,
+    sampling: Sampling | None,
     tokens: Int32[Array, "B M"],
     at: Int32[Array, "B k+1"],
     guess: Int32[Array, "B k+1"],
@@ -31,7 +31,7 @@ def take(
 
     Args:
       logits: the target's scores, n = B * (k + 1).
-      sampling: the knobs of the rows.
+      sampling: the knobs of the rows; None: every row is greedy.
       tokens: the known tokens and the guess behind them: a repetition penalty sees both.
       at: position of each place's token.
       guess: the drafter's tokens.
@@ -42,13 +42,14 @@ def take(
     line = jnp.repeat(jnp.arange(rows), places)
     each = jax.tree.map(lambda knob: knob[line], sampling)
     known, guess, real = at.ravel(), guess.ravel(), real.ravel()
-    if probability is None:  # drawing from p and comparing accepts with probability p(guess) = min(1, p / q)
-        return pick(logits, each, tokens, known, line)[0].reshape(rows, places)
-    if probability.shape[-1] != size(logits):
-        raise ValueError(
-            f"the drafter's vocabulary has {probability.shape[-1]} tokens, the model's {size(logits)}; "
-            "they must be the same."
-        )
+
+    def plain():
+        return pick(logits, each, tokens, known, line)[0]
+
+    # Drawing from p and comparing accepts with probability p(guess) = min(1, p / q).
+    if probability is None or each is None:
+        return plain().reshape(rows, places)
+    check_vocabulary(probability.shape[-1], size(logits))
 
     def reject():
         drawn_from = scores(penalise(whole(logits), each, tokens, known, line), each)
@@ -62,10 +63,13 @@ def take(
         drawn = draw(jnp.where(tried[:, None] & left, jnp.log(rest), drawn_from), each, known)
         return jnp.where(accepted, guess, drawn)
 
-    def greedy():
-        return pick(logits, each, tokens, known, line)[0]
+    return jax.lax.cond(jnp.any(each.temperature > 0), reject, plain).reshape(rows, places)
 
-    return jax.lax.cond(jnp.any(sampling.temperature > 0), reject, greedy).reshape(rows, places)
+
+def check_vocabulary(drafter: int, model: int) -> None:
+    """Refuses a drafter whose ids are not the model's."""
+    if drafter != model:
+        raise ValueError(f"the drafter's vocabulary has {drafter} tokens, the model's {model}; they must be the same.")
 
 
 def _chosen(probability, token):

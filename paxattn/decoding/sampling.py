@@ -9,6 +9,7 @@ cutoff are all kept. Top-p: Holtzman et al. 2020. Min-p: Nguyen et al. 2024. Pen
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -58,6 +59,16 @@ class Sampling:
             keys,
         )
 
+    @staticmethod
+    def asked(num_rows: int, **knobs) -> "Sampling | None":
+        """What `create` gives, or None where plain numbers say that every row is greedy.
+
+        That is known when a program is traced, so that it holds nothing else.
+        """
+        numbers = [knobs.get(name, off) for name, off in (("temperature", 0.0), ("repetition_penalty", 1.0))]
+        plain = all(isinstance(number, int | float) for number in numbers) and numbers[0] <= 0 and numbers[1] == 1
+        return None if plain else Sampling.create(num_rows, **knobs)
+
     @property
     def is_greedy(self) -> Bool[Array, ""]:
         """Whether every row takes the model's arg-max as it is."""
@@ -76,7 +87,7 @@ def sample_keys(key: Key[Array, "R"], n: int) -> Key[Array, "B"]:
 
 def pick(
     logits: Scores,
-    sampling: Sampling,
+    sampling: Sampling | None,
     tokens: Int32[Array, "R M"],
     known: Int32[Array, "B"],
     line: Int32[Array, "B"] | None = None,
@@ -87,7 +98,7 @@ def pick(
 
     Args:
       logits: the model's scores; where they are cut over a mesh axis, rows that use a knob gather them.
-      sampling: the knobs.
+      sampling: the knobs; None: every row is greedy.
       tokens: prompt and generated tokens so far, for the repetition penalty.
       known: how many of `tokens` count; also the position that the new token takes.
       line: which line of `tokens` is the row's; line b by default.
@@ -97,21 +108,22 @@ def pick(
       Tokens and log-probabilities; NaN logits give a NaN log-probability.
     """
     found = peak(logits)
-
-    def general():
-        every = whole(logits)
-        penalised = penalise(every, sampling, tokens, known, line)
-        token = jax.lax.cond(
-            jnp.any(sampling.temperature > 0),
-            lambda: draw(scores(penalised, sampling), sampling, known),
-            lambda: peak(penalised).token,
-        )
-        return token, score_of(every, token)
-
-    # Asked in one piece: on a GPU each condition waits for the host.
-    plain = found.token, found.top
-    token, score = plain if greedy else jax.lax.cond(sampling.is_greedy, lambda: plain, general)
+    token, score = found.token, found.top
+    if not greedy and sampling is not None:  # asked in one piece: on a GPU each condition waits for the host
+        general = functools.partial(_general, logits, sampling, tokens, known, line)
+        token, score = jax.lax.cond(sampling.is_greedy, lambda: (found.token, found.top), general)
     return token, score - found.top - jnp.log(found.total)
+
+
+def _general(logits, sampling, tokens, known, line):
+    every = whole(logits)
+    penalised = penalise(every, sampling, tokens, known, line)
+    token = jax.lax.cond(
+        jnp.any(sampling.temperature > 0),
+        lambda: draw(scores(penalised, sampling), sampling, known),
+        lambda: peak(penalised).token,
+    )
+    return token, score_of(every, token)
 
 
 def logprob(logits: Scores, token: Int32[Array, "B"]) -> Float32[Array, "B"]:

@@ -20,7 +20,7 @@ from paxattn.cache import Cache, extend
 from paxattn.decoding.drafters import Draft, Drafter
 from paxattn.decoding.generate import MAX_NUM_BATCHED_TOKENS, Generation, finish, is_traced, prefill_budget, start
 from paxattn.decoding.model import Model
-from paxattn.decoding.rejection import take
+from paxattn.decoding.rejection import check_vocabulary, take
 from paxattn.decoding.sampling import logprob
 from paxattn.decoding.step import Finish, State, step
 from paxattn.pages import PageTable, truncate
@@ -121,6 +121,7 @@ def advance(
     attention: str = "auto",
 ) -> Speculation:
     """`paxattn.advance` whose decoding body guesses and verifies: k + 1 tokens a row, of which one at least stays."""
+    check_vocabulary(getattr(drafter, "vocab_size", model.vocab_size), model.vocab_size)
     end = jnp.int32(2**31 - 1) if steps is None else state.stats.steps + steps
 
     def prefill(state):

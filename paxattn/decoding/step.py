@@ -92,7 +92,7 @@ class State:
     limit: Int32[Array, "B"]
     finish: Int32[Array, "B"]
     eos: Int32[Array, "eos"]
-    sampling: Sampling
+    sampling: Sampling | None  # None: every row is greedy, known when a program is traced
     status: Int32[Array, ""]
     stats: Stats
     trace: Int32[Array, "steps 4"] | None  # of sharing, a line a step, where it was asked for
@@ -105,7 +105,8 @@ class State:
     @property
     def is_plain(self) -> Bool[Array, ""]:
         """Whether all rows are greedy and no block is shared: the common case, which asks the host nothing."""
-        return self.sampling.is_greedy & jnp.all(self.cache.table.blocks.refcount <= 1)
+        greedy = True if self.sampling is None else self.sampling.is_greedy
+        return greedy & jnp.all(self.cache.table.blocks.refcount <= 1)
 
     @property
     def pending(self) -> Int32[Array, "B"]:
@@ -149,7 +150,7 @@ def step(
     count = share(state.pending, budget) if count is None else count
     promised = {"max_queries": max_queries, "shared": shared}
     fed, newest = feed(model, state, count, budget=budget, attention=attention, **promised)
-    return settle(model, fed, newest, picks=(count > 0) & (fed.pending == 0), greedy=greedy)
+    return settle(model, fed, newest, picks=(count > 0) & (fed.pending == 0), most=budget, greedy=greedy)
 
 
 def feed(
@@ -201,11 +202,16 @@ def feed(
 
 
 def settle(
-    model: Model, state: State, newest: Float[Array, "B E"], *, picks: Bool[Array, "B"], greedy: bool = False
+    model: Model,
+    state: State,
+    newest: Float[Array, "B E"],
+    *,
+    picks: Bool[Array, "B"],
+    most: int | None = None,
+    greedy: bool = False,
 ) -> State:
-    """Picks the next token of the running rows in `picks`, retires rows and frees what they held."""
-    logits = model.logits(newest)
-    token, logprob = pick(logits, state.sampling, state.tokens, state.known, state.line, greedy=greedy)
+    """Picks the next token of the running rows in `picks`, at most `most`, retires rows and frees what they held."""
+    token, logprob = _pick(model, state, newest, picks, most, greedy)
     finite = ~jnp.isnan(logprob)
 
     picks = picks & state.running
@@ -222,6 +228,18 @@ def settle(
         finish=finish,
         stats=state.stats.freed(state.cache.table, table),
     )
+
+
+def _pick(model, state, newest, picks, most, greedy):
+    """Of all rows; where fewer can pick than there are, of those alone, as scores cost a pass over the vocabulary."""
+    rows = state.known.size
+    if most is None or most >= rows:
+        logits = model.logits(newest)
+        return pick(logits, state.sampling, state.tokens, state.known, state.line, greedy=greedy)
+    of = jnp.nonzero(picks, size=most, fill_value=rows)[0]
+    sampling, newest, known, line = jax.tree.map(lambda x: x[of], (state.sampling, newest, state.known, state.line))
+    found = pick(model.logits(newest), sampling, state.tokens, known, line, greedy=greedy)
+    return jax.tree.map(lambda x: jnp.zeros(rows, x.dtype).at[of].set(x, mode="drop"), found)
 
 
 def _finish(state, picks, finite, token, known):
@@ -247,34 +265,34 @@ def advance(
     budget: int,
     steps: Int32[Array, ""] | int | None = None,
     attention: str = "auto",
+    shared: bool = True,
 ) -> State:
     """Runs the batch until every row has ended, or for `steps` more steps: one program, loops in a loop.
 
     While a row has a prompt to feed the token axis is `budget` long; once all rows decode it is one token a
     row. Each loop updates the pools in place. Where a question that steers the program makes the device wait for the
     host, the plain case (greedy, nothing shared) has a loop of its own that asks one a step: whether to go on.
+    `shared=False` promises that no block has two holders: a state as `start` gives it then has no other case.
     """
     rows = state.known.size
     end = jnp.int32(2**31 - 1) if steps is None else state.stats.steps + steps
 
-    def turn(tokens, **promises):
-        return lambda state: step(model, state, budget=tokens, attention=attention, **promises)
+    def turn(tokens, shared=shared, greedy=False):
+        return lambda s: step(model, s, budget=tokens, attention=attention, shared=shared, greedy=greedy)
 
     def more(state):
         return jnp.any(state.running) & (state.stats.steps < end)
 
-    def prompts(state):
-        return jnp.any(state.pending > 1)
+    state = jax.lax.while_loop(lambda s: more(s) & jnp.any(s.pending > 1), turn(budget), state)
+    if not questions_wait() or (state.sampling is None and not shared):
+        return jax.lax.while_loop(more, turn(rows), state)
 
-    def body(state):
-        state = jax.lax.while_loop(lambda s: more(s) & prompts(s), turn(budget), state)
-        if not questions_wait():
-            return jax.lax.while_loop(lambda s: more(s) & ~prompts(s), turn(rows), state)
+    def either(state):
         plain = turn(rows, shared=False, greedy=True)
-        state = jax.lax.while_loop(lambda s: more(s) & ~prompts(s) & s.is_plain, plain, state)
-        return jax.lax.while_loop(lambda s: more(s) & ~prompts(s) & ~s.is_plain, turn(rows), state)
+        state = jax.lax.while_loop(lambda s: more(s) & s.is_plain, plain, state)
+        return jax.lax.while_loop(lambda s: more(s) & ~s.is_plain, turn(rows), state)
 
-    return jax.lax.while_loop(more, body, state)
+    return jax.lax.while_loop(more, either, state)
 
 
 def questions_wait() -> bool:

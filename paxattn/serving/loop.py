@@ -4,7 +4,7 @@
 
     run   lax.while_loop:  wake, admit, choose, preempt  ->  one of the compiled bodies  ->  settle
                                                              prompts among them:    T = max_num_batched_tokens
-                                                             all rows at one token: T = B, of many rows B/2, B/4 too
+                                                             all rows at one token: T = B, of many rows 3B/4, B/2 .. too
 
 `generate` is the case in which everybody has a row from the start. What a request is answered depends on its prompt
 and its key alone: rows, batch mates, chunks, preemption and the order of admission are unobservable in the tokens.
@@ -153,13 +153,16 @@ def mixed_budget(max_num_batched_tokens: int, max_num_seqs: int) -> int:
 
 
 def decode_widths(rows: int) -> list[int]:
-    """Lengths of the token axis of steps in which all rows decode: one a row, and half of that while few are left.
+    """Lengths of the token axis of steps in which all rows decode: one a row, less while fewer are left.
 
-    A matrix product of fewer than 64 tokens costs no less: memory is its limit.
+    Three quarters of the rows, as products of 128 tokens and more are limited by arithmetic, then halves of the rows,
+    as one of fewer than 64 tokens costs no less: memory is its limit.
     """
     widths = [rows]
     while widths[-1] % 2 == 0 and widths[-1] // 2 >= LEAST_WIDTH:
         widths.append(widths[-1] // 2)
+    if rows % 4 == 0 and rows * 3 // 4 >= 2 * LEAST_WIDTH:
+        widths.insert(1, rows * 3 // 4)
     return widths
 
 

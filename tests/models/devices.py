@@ -22,6 +22,7 @@ import pytest
 import models
 import paxattn as pax
 from models import checkpoint, sharding
+from models.lanes import Lanes
 from paxattn.mesh import deal, join
 from tests.paths import GOLDEN
 from tests.toys import Toy, prompts, tokens_of
@@ -190,6 +191,25 @@ def collectives_of_a_step():
     assert len(found) == 2 * 3 + 2
 
 
+def programs_come_from_shapes():
+    """Programs compiled ahead take the arrays that come; a model group of one device has no collective."""
+
+    def plain(model, state):
+        return pax.step(model, state, budget=6, attention="reference", shared=False, greedy=True)
+
+    begin = functools.partial(pax.start, max_new_tokens=9, block_size=3)
+    for where in (mesh(2, 2), mesh(2, 1)):
+        lanes, model = Lanes(where, 6), models.shard(tiny()[0].first(1), where)
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), model)
+        hands = lanes.deal(tiny()[1:3])
+        start = jax.jit(lanes.spread(begin)).lower(shapes, *hands).compile()
+        step = jax.jit(lanes.spread(plain), donate_argnums=1)
+        step = step.lower(shapes, lanes.outline(begin, shapes, *hands)).compile()
+        state = step(model, start(model, *hands))
+        assert state.stats.steps.tolist() == [1, 1]
+        assert ("all-reduce" in step.as_text()) == (where.shape["model"] > 1)
+
+
 def biases_count_once():
     """Biases after a cut product are added once, not once a device."""
     config = models.LlamaConfig(
@@ -261,6 +281,7 @@ CHECKS = {
     "serving (2, 4)": lambda: serving_is(mesh(2, 4)),
     "replicas": replicas_are_identical,
     "collectives": collectives_of_a_step,
+    "ahead": programs_come_from_shapes,
     "biases": biases_count_once,
     "any model": any_model_runs_data_parallel,
     "files": files_go_straight_to_their_devices,

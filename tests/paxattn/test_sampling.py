@@ -73,6 +73,13 @@ def test_noise_depends_on_the_rows_key_and_position_alone():
     assert draw(flat, sampling, 5).tolist() != draw(flat, sampling, 6).tolist()
 
 
+def test_plain_numbers_without_an_effect_are_greedy():
+    assert Sampling.asked(2) is None
+    assert Sampling.asked(2, temperature=0, top_k=5, key=jax.random.key(1)) is None
+    for knobs in ({"temperature": 0.5}, {"repetition_penalty": 1.2}, {"temperature": jnp.zeros(2)}):
+        assert isinstance(Sampling.asked(2, **knobs), Sampling)
+
+
 def test_repetition_penalty_is_hugging_faces():
     logits = jnp.array([[2.0, -2.0, 1.0, 0.5]])
     tokens = jnp.array([[0, 1, 0, 3]])

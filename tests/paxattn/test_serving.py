@@ -206,10 +206,10 @@ def test_serve_is_all_of_it_and_its_trace_adds_up():
 
 
 def test_the_width_of_the_token_axis_is_unobservable(monkeypatch):
-    assert decode_widths(256) == [256, 128, 64]
+    assert decode_widths(256) == [256, 192, 128, 64]
     assert decode_widths(100) == [100]
     monkeypatch.setattr(loop, "LEAST_WIDTH", 1)
-    assert decode_widths(4) == [4, 2, 1]
+    assert decode_widths(4) == [4, 3, 2, 1]
     new = np.where(np.arange(LINES) % 3, 3, NEW)  # rows end at different times: each width has its steps
     result = jax.jit(functools.partial(pax.serve, TOY, max_num_seqs=4, max_model_len=MODEL_LEN))(
         requests(max_new_tokens=new)
