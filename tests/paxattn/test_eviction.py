@@ -12,7 +12,7 @@ import paxattn as pax
 from paxattn.decoding import eviction
 from paxattn.decoding.eviction import Eviction, holes, sinks_and_window, sliding_window
 from paxattn.typing import struct
-from tests.toys import DIM, EMBED, HEADS, KV_HEADS, Toy, prompts, tokens_of
+from tests.toys import DIM, EMBED, HEADS, KV_HEADS, VOCAB, Toy, prompts, tokens_of
 
 TOY, SIZE, NEW, CHUNK, WIDTH = Toy.create(), 4, 24, 16, 56
 LENGTHS = (1, 5, 31, 16)
@@ -103,7 +103,7 @@ class Near:
     """The toy whose layers attend to the last six tokens."""
 
     toy: Toy
-    vocab_size = Toy.vocab_size
+    vocab_size = VOCAB
     cache_spec = Toy.cache_spec
 
     def __call__(self, tokens, plan, layers):
