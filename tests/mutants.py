@@ -89,7 +89,7 @@ MUTANTS = (
     Mutant("cancelled requests keep their row", "paxattn/serving/service.py", 'rows = lines[service.line] & service.seated', 'rows = service.seated & False', ENGINE + "::test_cancel_anywhere"),
     Mutant("the penalty looks at another line", "paxattn/decoding/sampling.py", 'tokens if line is None else tokens[line]', 'tokens[: logits.shape[0]]', SERVING + "::test_the_oldest_request_is_never_preempted_and_moves_in_every_step"),
     Mutant("a narrow token axis drops rows", "paxattn/serving/loop.py", "jnp.sum(count) <= jnp.array(widths)", "jnp.sum(count) <= 2 * jnp.array(widths)", SERVING),
-    Mutant("rows that pick get each other's tokens", "paxattn/decoding/step.py", ".at[of].set(x, mode=\"drop\"), found)", ".at[of - of[0]].set(x, mode=\"drop\"), found)", SERVING),
+    Mutant("rows that pick get each other's tokens", "paxattn/decoding/step.py", ".at[of].set(x, mode=\"drop\"), found)", ".at[of - of[0]].set(x, mode=\"drop\"), found)", GENERATE),
     Mutant("a penalty alone counts as greedy", "paxattn/decoding/sampling.py", "numbers[0] <= 0 and numbers[1] == 1", "numbers[0] <= 0", SAMPLING),
     Mutant("samples of a prompt share a key", "paxattn/decoding/sampling.py", "jnp.where(jnp.arange(n) > 0, folded, key[:, None])", "jnp.where(jnp.arange(n) > n, folded, key[:, None])", FAN_OUT),
     Mutant("followers feed the prompt too", "paxattn/decoding/fan_out.py", "jnp.where(row == leader, state.pending, 0)", "state.pending", FAN_OUT),

@@ -141,6 +141,16 @@ def test_running_a_few_steps_at_a_time_is_unobservable(steps):
     assert tokens_of_state(state) == baseline()
 
 
+def test_a_step_for_fewer_rows_than_there_are_picks_the_same():
+    state = pax.stop(run(started(), 8), jnp.arange(len(LENGTHS)) == 0)
+    count = jnp.minimum(state.pending, 1)
+    after = [
+        pax.step(TOY, state, budget=budget, count=count, max_queries=1) for budget in (count.size, int(count.sum()))
+    ]
+    assert (after[0].known > state.known).sum() == count.sum() == len(LENGTHS) - 1
+    assert tokens_of_state(after[0]) == tokens_of_state(after[1])
+
+
 @pytest.mark.parametrize("num_blocks", range(15, 60, 4))
 def test_running_out_stops_cleanly(num_blocks):
     """Tokens before the stop are those of the unbounded run, finished rows are whole, and nothing leaks."""
