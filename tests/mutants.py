@@ -152,7 +152,7 @@ MUTANTS = (
     Mutant("mesh: a group of one sums up", "paxattn/mesh.py", "if jax.lax.axis_size(MODEL) == 1:", "if jax.lax.axis_size(MODEL) == 0:", MESH.format("ahead")),
     Mutant("mesh: sums of slices are not rescaled", "paxattn/decoding/vocabulary.py", "jnp.sum(totals * jnp.exp(tops - top), axis=0)", "jnp.sum(totals, axis=0)", MESH.format("beams (2, 4)")),
     Mutant("mesh: candidates of a slice count from zero", "paxattn/decoding/vocabulary.py", "token + offset(scores), logprob", "token, logprob", MESH.format("beams (2, 4)")),
-    Mutant("mesh: greedy gathers the logits", "paxattn/decoding/sampling.py", "plain = found.token, found.top", "plain = peak(whole(logits)).token, found.top", MESH.format("collectives")),
+    Mutant("mesh: greedy gathers the logits", "paxattn/decoding/sampling.py", "token, score = found.token, found.top", "token, score = peak(whole(logits)).token, found.top", MESH.format("collectives")),
     Mutant("mesh: the embedding's slice starts at zero", "models/layers.py", "tokens - jax.lax.axis_index(axis) * embed.shape[0]", "tokens", MESH.format("generate (1, 8)")),
     Mutant("mesh: a bias on every device", "models/llama.py", "return (out + self.out_bias[...] if config.attention_bias else out), kv", "return (out + total(self.out_bias[...], self.axis) if config.attention_bias else out), kv", MESH.format("biases")),
     Mutant("mesh: repeated heads out of order", "models/sharding.py", "jnp.repeat(qkv[..., -2:, :], times, axis=-3)", "jnp.concatenate([qkv[..., -2:, :]] * times, axis=-3)", MESH.format("generate (1, 8)")),
