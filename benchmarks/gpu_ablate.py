@@ -1,6 +1,7 @@
 """Block size on a GPU, Llama 3 8B shapes: kernel time, tokens/s, compile time, memory, waste; tokens compared.
 
-pax.ablate(random_llama(8B, bf16), block_size=[8, 16, 32, 64, 128, 256])     programs compile side by side first
+pax.ablate(random_llama(8B, bf16), block_size=[8, 16, 32, 64, 128, 256])     programs compile side by side first;
+                                                                             a line, and the file, after each row
 
 python benchmarks/gpu_ablate.py --save         python benchmarks/gpu_ablate.py --tiny
 """
@@ -41,7 +42,22 @@ def main() -> None:
     config = CONFIGS[options.shapes]
     make = jax.jit(lambda key: models.random_llama(config, key, "bfloat16"))
     model = jax.block_until_ready(make(jax.random.key(0)))
-    rows = pax.ablate(
+    seen = []
+
+    def watch(row: dict) -> None:
+        seen.append({"shapes": options.shapes} | row)
+        print(
+            f"block {row['block_size']:4}  {row['ms_per_step']:7.3f} ms a step  "
+            f"{row['decode_tokens_per_s']:8,.0f} tok/s  prefill "
+            f"{row['prefill_tokens_per_s']:9,.0f} tok/s  kernel {row['kernel_us']:7.1f} us  "
+            f"compile {row['compile_s']:5.1f} s  {row['peak_bytes'] / 1e9:5.1f} GB  "
+            f"wasted {row['wasted']:.1%}  same tokens {row['same_tokens']}",
+            flush=True,
+        )
+        if options.save:
+            print(record.write("ablate", seen, method=METHOD, folder="h100"), flush=True)
+
+    pax.ablate(
         model,
         block_size=[int(size) for size in options.block_size.split(",")],
         rows=options.rows,
@@ -52,22 +68,12 @@ def main() -> None:
         repeats=options.repeats,
         threads=options.threads,
         exact=False,
+        watch=watch,
     )
-    for row in rows:
-        print(
-            f"block {row['block_size']:4}  {row['ms_per_step']:7.3f} ms a step  "
-            f"{row['decode_tokens_per_s']:8,.0f} tok/s  prefill "
-            f"{row['prefill_tokens_per_s']:9,.0f} tok/s  kernel {row['kernel_us']:7.1f} us  "
-            f"compile {row['compile_s']:5.1f} s  {row['peak_bytes'] / 1e9:5.1f} GB  "
-            f"wasted {row['wasted']:.1%}  same tokens {row['same_tokens']}",
-            flush=True,
-        )
     if options.save:
-        rows = [{"shapes": options.shapes} | row for row in rows]
-        print(record.write("ablate", rows, method=METHOD, folder="h100"))
         figure = Path(__file__).parents[1] / "docs" / "figures" / "gpu_ablate.svg"
         try:
-            plot(rows, figure)
+            plot(seen, figure)
         except ImportError as error:  # the figures count; the picture can be drawn from them anywhere
             print(error)
 

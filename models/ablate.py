@@ -2,7 +2,8 @@
 
     --block-size 1,16,128                  runs of a model: waste, table, kernel, tokens/s, compile time, memory
     --block-size 1,16,128 --lengths FILE   a bare pool over lengths: waste, requests at once, preemptions
-    --set watermark=0.01,0.1               any other field of `ModelRun` or `PoolRun`
+    --set watermark=0.01,0.1               any other field of `ModelRun` or `PoolRun`, or a size of `KernelConfig`
+    --shapes tiny --set head_dim=16,32     random weights: any field of `LlamaConfig` too
 
 Commas separate values; several of them are swept, every combination of all options is a row.
 """
@@ -10,6 +11,7 @@ Commas separate values; several of them are swept, every combination of all opti
 import argparse
 import csv
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +19,12 @@ import jax
 import numpy as np
 
 import paxattn as pax
+from models.config import LlamaConfig
 from models.llama import random_llama
 from models.load import load
 from models.shapes import CONFIGS
+from paxattn.ablation.cases import swept
 from paxattn.ablation.plot import plot
-from paxattn.ablation.sweep import swept
 from paxattn.serving.policy import first_come, highest_priority, shortest_prompt
 from paxattn.simulate import MEAN_LENGTHS
 
@@ -61,11 +64,12 @@ def main(options: argparse.Namespace) -> int:
         asked[name.replace("-", "_")] = text
     fields |= {name: values(text) for name, text in asked.items() if text is not None}
     if options.lengths is None:
-        model = load_model(options)
-        fields |= {"repeats": options.repeats, "query_heads": model.config.num_attention_heads, "exact": False}
-        rows = pax.ablate(model, save=options.save, **fields)
+        subject, make, config = read_model(options)
+        heads = None if "num_attention_heads" in fields else config.num_attention_heads
+        fields |= {"make": make, "repeats": options.repeats, "query_heads": heads, "exact": False}
     else:
-        rows = pax.ablate(read_lengths(options.lengths, options.requests), save=options.save, **fields)
+        subject = read_lengths(options.lengths, options.requests)
+    rows = pax.ablate(subject, save=options.save, **fields)
     if options.plot:
         plot(rows, options.plot)
     print(json.dumps(rows) if options.json else table(rows))
@@ -75,11 +79,13 @@ def main(options: argparse.Namespace) -> int:
     return 0
 
 
-def load_model(options: argparse.Namespace):
-    """Random weights where shapes are named, otherwise a checkpoint."""
+def read_model(options: argparse.Namespace) -> tuple[Any, Callable[[LlamaConfig], pax.Model] | None, LlamaConfig]:
+    """What is swept, what makes a model of it, and the config: random weights of named shapes, or a checkpoint."""
     if options.shapes:
-        return random_llama(CONFIGS[options.shapes], jax.random.key(0), options.dtype)
-    return load(options.model, dtype=options.dtype).model
+        config = CONFIGS[options.shapes]
+        return config, lambda config: random_llama(config, jax.random.key(0), options.dtype), config
+    model = load(options.model, dtype=options.dtype).model
+    return model, None, model.config
 
 
 def values(text: str) -> list[Any]:

@@ -28,6 +28,7 @@ EXAMPLES = """examples:
   paxattn generate "The capital of France is" --no-chat --num-beams 4 --num-return-sequences 4 --json
   paxattn generate "Name a colour." --num-return-sequences 4 --temperature 0.8
   paxattn generate "Count: 1 2 3 1 2 3 1 2" --no-chat --speculate ngram --json
+  paxattn generate "Once upon a time" --no-chat --max-new-tokens 200 --evict sinks:4,window:64 --show-pages
   paxattn inspect smollm2-135m
   paxattn inspect smollm2-135m --watch "Once upon a time" "Water boils at" --block-size 4
   paxattn convert smollm2-135m ./smollm2-orbax
@@ -99,6 +100,7 @@ def parser() -> argparse.ArgumentParser:
     add("--early-stopping", default="false", choices=("false", "true", "never"), help="when beam search may stop")
     add("--seed", type=int, default=0)
     add("--speculate", metavar="HOW", help="guess and verify: ngram, self:M (first M layers), draft:SRC (a checkpoint)")
+    add("--evict", metavar="HOW", help="give blocks back while rows live: sinks:S,window:W or window:W, in tokens")
     add("--num-speculative-tokens", type=int, default=4, metavar="K", help="tokens guessed a step at most")
     add(
         "--stop",
@@ -186,7 +188,7 @@ def _generate(options: argparse.Namespace) -> int:
     knobs = ("chat", "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
     knobs += ("block_size", "num_blocks", "max_num_seqs", "max_num_batched_tokens", "attention")
     knobs += ("num_return_sequences", "num_beams", "length_penalty")
-    knobs += ("speculate", "num_speculative_tokens")
+    knobs += ("speculate", "num_speculative_tokens", "evict")
     settings = {name: getattr(options, name) for name in knobs}
     settings["early_stopping"] = {"false": False, "true": True}.get(options.early_stopping, options.early_stopping)
 

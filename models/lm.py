@@ -20,12 +20,13 @@ import numpy as np
 import paxattn as pax
 from models import beams
 from models.batch import Batch, Run, bucket, eos_set, merge, saving
+from models.eviction import eviction as eviction_of
 from models.lanes import Lanes, over
 from models.llama import Llama
 from models.many import answer_many
 from models.speculation import drafter, report
 from models.tokenizer import Detokenizer, Tokenizer
-from paxattn.decoding import beam, speculative
+from paxattn.decoding import beam, eviction, speculative
 from paxattn.decoding.generate import MAX_NUM_BATCHED_TOKENS, pool_size
 
 Prompt = str | Sequence[int]
@@ -41,6 +42,7 @@ _BATCH_ONLY = {
 _advance = jax.jit(pax.advance, static_argnames=("budget", "attention", "shared"), donate_argnames="state")
 _fan_out = jax.jit(pax.fan_out, static_argnames=("group", "budget", "attention"), donate_argnames="state")
 _speculate = jax.jit(speculative.advance, static_argnames=("k", "budget", "attention"), donate_argnames="state")
+_evict = jax.jit(eviction.advance, static_argnames=("budget", "attention"), donate_argnames="state")
 _stop = jax.jit(pax.stop, donate_argnums=0)
 
 
@@ -119,6 +121,7 @@ class LM:
         encoded = self._encode_all(prompts, chat, max_new_tokens, max_num_seqs, stop_strings, steps)
         eos = self.model.config.eos_token_id if eos_token_id is None else eos_token_id
         batch = Batch(self.tokenizer, encoded, max_new_tokens, tuple(stop_strings), eos_set(eos))
+        options["evict"] = eviction_of(options.get("evict"), self.model.config)
         defaults = {"seed": 0, "block_size": 16, "num_blocks": None, "attention": "auto"}
         defaults |= {"max_num_batched_tokens": MAX_NUM_BATCHED_TOKENS, "steps": steps or 8}
         options = defaults | options
@@ -211,6 +214,7 @@ class LM:
         steps: int | None = None,
         speculate: pax.Drafter | str | None = None,
         num_speculative_tokens: int = 4,
+        evict: pax.Eviction | str | None = None,
         **sampling: Any,
     ) -> Iterator[tuple[pax.State, Batch]]:
         """Runs the prompts batch by batch and yields each state that the host gets to see.
@@ -234,6 +238,7 @@ class LM:
           steps: yield each this many steps; by default only at the end (8 where there are stop strings).
           speculate: a drafter, or its name: ngram, self:M (layers), draft:SRC (a checkpoint). By default none.
           num_speculative_tokens: tokens that it guesses a step at most.
+          evict: gives blocks back while rows live: sinks:S,window:W or window:W, or an `Eviction`. By default none.
           **sampling: temperature, top_k, top_p, min_p, repetition_penalty.
         """
         encoded = self._encode_all(prompts, chat, max_new_tokens, max_num_seqs, stop_strings, steps)
@@ -249,7 +254,12 @@ class LM:
         guesser = drafter(speculate, self, attention=attention) if isinstance(speculate, str) else speculate
         if guesser is not None and group > 1:
             raise ValueError("speculate answers a prompt once; leave out num_beams and num_return_sequences.")
+        hook = eviction_of(evict, self.model.config)
+        if hook is not None and (search or guesser is not None):
+            raise ValueError("evict leaves holes, which neither beams nor a rollback go back over; leave it out.")
         turn, k = functools.partial(over(_advance, self.mesh), shared=group > 1), num_speculative_tokens
+        if hook is not None:
+            turn = functools.partial(over(_evict, self.mesh), evict=hook)
         if guesser is not None:
             turn = functools.partial(over(_speculate, self.mesh), drafter=guesser, k=k)
         most = max_num_seqs // group * Lanes(self.mesh, 1).shards

@@ -26,6 +26,7 @@ def answer_many(
     max_num_batched_tokens: int,
     attention: str,
     steps: int,
+    evict: pax.Eviction | None,
     watch: Callable[[Any], None] | None,
     **sampling: Any,
 ) -> Run:
@@ -42,6 +43,7 @@ def answer_many(
         steps=steps,
         eos_token_id=eos_token_id,
         attention=attention,
+        evict=evict,
     )
     key = jax.random.key(seed)
     answers = [

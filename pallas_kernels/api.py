@@ -14,6 +14,7 @@ one test suite runs them all. Asked for by name it runs or raises; "auto" takes 
 import jax
 
 from pallas_kernels import mosaic, reference, xla
+from pallas_kernels.config import without_sizes
 
 IMPLEMENTATIONS = {
     "reference": reference.paged_attention,
@@ -52,7 +53,7 @@ def paged_attention(
       sliding_window: a query sees itself and the window - 1 positions before it; all by default.
       soft_cap: scores become soft_cap * tanh(score / soft_cap), before the mask.
       max_queries: queries that a row has at most, where that is known beforehand; a hint for speed alone.
-      implementation: "auto" or a key of IMPLEMENTATIONS.
+      implementation: "auto" or a key of IMPLEMENTATIONS; "mosaic(kv_tile=128)" replaces sizes of its `KernelConfig`.
 
     Returns:
       out [T, H, D] in q's dtype and the log-sum-exp of the scores, float32 [T, H] (natural logarithm). Idle
@@ -64,7 +65,8 @@ def paged_attention(
     """
     _check(q, k_pool, v_pool, pages, length, query_start, sliding_window, soft_cap)
     fits = mosaic.on_hopper() and mosaic.obstacle(q, k_pool) is None
-    name = ("mosaic" if fits else "xla") if implementation == "auto" else implementation
+    base, sizes = without_sizes(implementation)
+    name = ("mosaic" if fits else "xla") if implementation == "auto" else base
     if name not in IMPLEMENTATIONS:
         known = ", ".join(("auto", *IMPLEMENTATIONS))
         raise ValueError(f"attention implementation {implementation!r} is unknown; choose one of {known}.")
@@ -80,6 +82,7 @@ def paged_attention(
         sliding_window=sliding_window,
         soft_cap=soft_cap,
         max_queries=max_queries,
+        **({"sizes": sizes} if sizes else {}),
     )
 
 

@@ -5,10 +5,14 @@ one row                  prefill
 otherwise                rows of one query -> decode, all others -> prefill: both run, each on its rows
 """
 
+import dataclasses
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import decode, prefill
+from pallas_kernels.config import decode_config
 
 HEAD_DIMS = (64, 128, 256)
 DTYPES = ("bfloat16", "float16")
@@ -35,7 +39,7 @@ def on_hopper() -> bool:
 
 def chosen(implementation: str) -> bool:
     """Whether the small kernels around an attention of this name are to run, where they fit."""
-    return implementation in ("auto", "mosaic") and on_hopper()
+    return implementation.partition("(")[0] in ("auto", "mosaic") and on_hopper()
 
 
 def paged_attention(q, k_pool, *others, **options) -> tuple[jax.Array, jax.Array]:
@@ -52,12 +56,23 @@ def paged_attention(q, k_pool, *others, **options) -> tuple[jax.Array, jax.Array
 
 
 def run(
-    q, k_pool, v_pool, pages, length, query_start, *, max_queries: int | None = None, **options
+    q,
+    k_pool,
+    v_pool,
+    pages,
+    length,
+    query_start,
+    *,
+    max_queries: int | None = None,
+    sizes: Mapping[str, int] | None = None,
+    **options,
 ) -> tuple[jax.Array, jax.Array]:
-    """The kernels as they are, wherever they are to run."""
+    """The kernels as they are, wherever they are to run; `sizes` replaces some of the decode kernel's."""
     group = q.shape[1] // k_pool.shape[1]
+    tuned = {"config": dataclasses.replace(decode_config(q.shape[2], pages.shape[0]), **sizes)} if sizes else {}
     if max_queries is not None and max_queries * group <= decode.ROWS:
-        return decode.paged_attention(q, k_pool, v_pool, pages, length, query_start, max_queries=max_queries, **options)
+        given = tuned | options
+        return decode.paged_attention(q, k_pool, v_pool, pages, length, query_start, max_queries=max_queries, **given)
     least = 1 if length.size == 1 else 2  # who feeds a prompt alone feeds one query at its end, if ever
     out, lse = prefill.paged_attention(q, k_pool, v_pool, pages, length, query_start, least=least, **options)
     if least == 1:
@@ -72,6 +87,7 @@ def run(
         jnp.where(one, length, 0),  # the others see nothing
         jnp.arange(one.size + 1, dtype=jnp.int32),
         max_queries=1,
+        **tuned,
         **options,
     )
     return out.at[token].set(few, mode="drop"), lse.at[token].set(few_lse, mode="drop")

@@ -32,7 +32,7 @@ from paxattn.typing import Array
 DATA, MODEL = "data", "model"
 """The axes of a mesh, in this order."""
 
-_SAME = {"model", "drafter", "steps", "policy", "length_penalty", "eos_token_id"}
+_SAME = {"model", "drafter", "steps", "policy", "evict", "length_penalty", "eos_token_id"}
 """Parameters that all lanes are given alike."""
 
 _PER_ROW = {"max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "key"}
@@ -73,8 +73,8 @@ def spread(f: Callable, mesh: Mesh) -> Callable:
     """`f` once for each data shard: a vmap whose lanes are devices, or groups of them along the model axis.
 
     Arguments with arrays have a leading axis [D], an entry a lane, but for those that all lanes share (model, drafter,
-    steps, policy, length_penalty, eos_token_id); what holds no array is passed on as it is. Results have the leading
-    axis too. Pools are cut over lanes and over KV heads.
+    steps, policy, evict, length_penalty, eos_token_id); what holds no array is passed on as it is. Results have the
+    leading axis too. Pools are cut over lanes and over KV heads.
     """
     signature = inspect.signature(f)
     gathering = [p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD]

@@ -38,7 +38,7 @@ def sharing(table: PageTable) -> Sharing:
     return Sharing(
         table.blocks.num_used,
         jnp.sum(table.blocks.refcount > 1, dtype=jnp.int32),
-        jnp.sum(table.pages_for(table.length), dtype=jnp.int32),
+        jnp.sum(table.blocks.refcount, dtype=jnp.int32),  # a block a cell; a page that was evicted has none
     )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from paxattn.ablation.sweep import swept
+from paxattn.ablation.cases import swept
 
 PANELS = {  # what is drawn where rows have it, in this order
     "wasted": ("memory wasted", "%"),

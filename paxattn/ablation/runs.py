@@ -80,9 +80,10 @@ class Programs:
     tokens: Callable[[Any], jax.Array]
     compile_s: float
     peak_bytes: int
+    kernel: Callable[[], Callable[[], Any]] | None  # makes what it needs, gives CALLS attention calls; None: not wanted
 
 
-def prepare(model: Model, run: ModelRun) -> Programs:
+def prepare(model: Model, run: ModelRun, query_heads: int | None = None) -> Programs:
     """Compiles what a run needs."""
     tokens = run.rows * run.context
     budget = prefill_budget((run.rows, run.context), run.max_num_batched_tokens)
@@ -111,6 +112,7 @@ def prepare(model: Model, run: ModelRun) -> Programs:
         tokens=functools.partial(_tokens, run),
         compile_s=took,
         peak_bytes=size["argument"] + size["output"] + size["temp"] - size["alias"],
+        kernel=None if query_heads is None else kernel(model.cache_spec, run, query_heads),
     )
 
 
@@ -128,7 +130,7 @@ def _verbs(model: Model, run: ModelRun, budget: int) -> tuple[Callable, Callable
     sizes |= {"num_return_sequences": run.num_return_sequences, "temperature": run.temperature}
     begun = functools.partial(start, model, ids, length, key=jax.random.key(run.seed), **sizes)
     feed = functools.partial(fan_out, group=run.group, **options) if run.group > 1 else None
-    return begun, feed, functools.partial(step.advance, **options)
+    return begun, feed, functools.partial(step.advance, shared=run.group > 1, **options)
 
 
 def _tokens(run: ModelRun, state: Any) -> jax.Array:
@@ -137,9 +139,9 @@ def _tokens(run: ModelRun, state: Any) -> jax.Array:
     return finish_rows(state, width=run.max_new_tokens).token_ids
 
 
-def measure(programs: Programs, *, repeats: int, query_heads: int | None) -> dict[str, Any]:
+def measure(programs: Programs, *, repeats: int) -> dict[str, Any]:
     """The figures of one run."""
-    run, spec = programs.run, programs.spec
+    run = programs.run
     end, looks = watch(programs)
     digests = [_digest(programs.tokens(end))]
     timed = []
@@ -170,8 +172,7 @@ def measure(programs: Programs, *, repeats: int, query_heads: int | None) -> dic
         "decode_tokens_per_s": fed / decode,
         "ms_per_step": 1e3 * decode / max(steps, 1),
     }
-    kernel = {} if query_heads is None else {"kernel_us": 1e6 * kernel_seconds(spec, run, query_heads)}
-    return figures | kernel
+    return figures | ({} if programs.kernel is None else {"kernel_us": 1e6 * median_s(programs.kernel()) / CALLS})
 
 
 def once(programs: Programs) -> tuple[Any, float, float]:
@@ -204,29 +205,37 @@ def live_slots(table: PageTable) -> int:
     return int(filled.sum())
 
 
-def kernel_seconds(spec: CacheSpec, run: ModelRun, query_heads: int, *, repeats: int = 5) -> float:
-    """One attention call of a decode step at full length, one layer, random pages: median of programs of CALLS."""
+def kernel(spec: CacheSpec, run: ModelRun, query_heads: int) -> Callable[[], Callable[[], Any]]:
+    """Attention calls of a decode step at full length, one layer, random pages: CALLS of them, one after the other."""
     rows, length = run.rows * run.group, run.context + run.max_new_tokens
     pages = -(-length // run.block_size)
     table = np.random.default_rng(run.seed).permutation(rows * pages).reshape(rows, pages) + 1
     shape = (rows * pages + 1, spec.num_kv_heads, run.block_size, spec.head_dim)
-    draw = jax.jit(lambda seed, shape: jax.random.normal(jax.random.key(seed), shape, spec.dtype), static_argnums=1)
-    q, k, v = draw(0, (rows, query_heads, spec.head_dim)), draw(1, shape), draw(2, shape)
 
-    @jax.jit
-    def program(q, k, v, pages, lengths, starts):
+    def draw():
+        keys = jax.random.split(jax.random.key(run.seed), 3)
+        shapes = (rows, query_heads, spec.head_dim), shape, shape
+        arrays = (jax.random.normal(key, shape, spec.dtype) for key, shape in zip(keys, shapes, strict=True))
+        return *arrays, jnp.asarray(table, jnp.int32), jnp.full(rows, length), jnp.arange(rows + 1)
+
+    def calls(q, k, v, pages, lengths, starts):
         def call(_, q):
             return paged_attention(q, k, v, pages, lengths, starts, max_queries=1, implementation=run.attention)[0]
 
         return jax.lax.fori_loop(0, CALLS, call, q)
 
-    given = q, k, v, jnp.asarray(table, jnp.int32), jnp.full(rows, length), jnp.arange(rows + 1)
+    inputs, program = jax.jit(draw).lower().compile(), jax.jit(calls).lower(*jax.eval_shape(draw)).compile()
+    return lambda: functools.partial(program, *inputs())
+
+
+def median_s(program: Callable[[], Any], *, repeats: int = 5) -> float:
+    """The median time of a call, after one that warms."""
     samples = []
-    for _ in range(repeats + 1):  # the first compiles
+    for _ in range(repeats + 1):
         began = time.perf_counter()
-        jax.block_until_ready(program(*given))
+        jax.block_until_ready(program())
         samples.append(time.perf_counter() - began)
-    return statistics.median(samples[1:]) / CALLS
+    return statistics.median(samples[1:])
 
 
 def _digest(tokens: jax.Array) -> str:

@@ -6,7 +6,7 @@
     attention sees          pages [ 3 | 8 | 5 | 6 | . | . | . ]      length 7; positions stay those of the text
 
 A score of -inf says that nobody needs the page; of the others the lowest go once a row holds more than `keep`.
-The tail, and whatever is not full, always stays. `generate(..., evict=...)` runs the hook after every step.
+The tail, and whatever is not full, always stays. `generate(..., evict=...)` and `serve` run the hook after every step.
 
 Sinks and a window: Xiao et al. 2023, "Efficient Streaming Language Models with Attention Sinks". There keys are
 turned by their place in the cache; here they keep the angle of their place in the text.
@@ -127,7 +127,11 @@ class Forgetful:
 
 def turn(model: Model, state: State, *, evict: Eviction, budget: int, attention: str = "auto") -> State:
     """One `paxattn.step`, then the eviction."""
-    state = step(Forgetful(model), state, budget=budget, attention=attention)
+    return evicted(step(Forgetful(model), state, budget=budget, attention=attention), evict)
+
+
+def evicted(state: State, evict: Eviction) -> State:
+    """The state after the eviction, its blocks counted."""
     cache = evict(state.cache)
     return dataclasses.replace(state, cache=cache, stats=state.stats.freed(state.cache.table, cache.table))
 

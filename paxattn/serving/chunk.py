@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from paxattn.decoding.eviction import Eviction
 from paxattn.decoding.generate import new_tokens
 from paxattn.mesh import DATA, deal, join, spread
 from paxattn.serving.loop import most, open_service, run
@@ -39,11 +40,11 @@ class News:
     preemptions: Int32[Array, ""]
 
 
-def chunk(model, service: Service, policy: Policy, *, budget: int, steps: int, attention: str):
+def chunk(model, service: Service, policy: Policy, evict: Eviction | None, *, budget: int, steps: int, attention: str):
     """`steps` steps, and what they brought."""
     known = service.queue.known
     preempted = jnp.sum(service.queue.preemptions)
-    service = run(model, service, budget=budget, policy=policy, steps=steps, attention=attention)
+    service = run(model, service, budget=budget, policy=policy, steps=steps, attention=attention, evict=evict)
     queue = service.queue
     news = News(
         tokens=new_tokens(queue.tokens, known, queue.known, steps),

@@ -20,6 +20,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from paxattn.decoding.eviction import Eviction
 from paxattn.decoding.generate import MAX_NUM_BATCHED_TOKENS
 from paxattn.decoding.model import Model
 from paxattn.decoding.step import Finish
@@ -62,6 +63,7 @@ class Engine:
       attention: implementation of paged attention, by name.
       mesh: the devices that the model lies on, see `paxattn.on_mesh`; requests go to its data shards in turn, and the
         sizes are those of one shard. Of several processes each must make the same calls.
+      evict: gives blocks back while rows live, as in `serve`.
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class Engine:
         seed: int = 0,
         attention: str = "auto",
         mesh: Mesh | None = None,
+        evict: Eviction | None = None,
     ):
         shards = 1 if mesh is None else mesh.shape[DATA]
         lines = 2 * max_num_seqs if max_num_requests is None else max_num_requests
@@ -99,7 +102,7 @@ class Engine:
             eos_token_id=eos_token_id,
         )
         self._model = model
-        self._policy = Policy() if policy is None else policy
+        self._policy, self._evict = Policy() if policy is None else policy, evict
         self._limits = {"max_model_len": max_model_len, "block_size": block_size, "num_blocks": num_blocks}
         self._blocks = shards * (num_blocks - 1)
         self._options = {"budget": mixed_budget(max_num_batched_tokens, max_num_seqs), "steps": steps}
@@ -232,7 +235,8 @@ class Engine:
         if not any(self._lines):
             return []
         started = time.perf_counter()
-        self.service, news = self._programs.chunk(self._model, self.service, self._policy, **self._options)
+        given = self._model, self.service, self._policy, self._evict
+        self.service, news = self._programs.chunk(*given, **self._options)
         news = jax.device_get(news)
         self._seconds += time.perf_counter() - started
         running, used, preemptions = (int(np.sum(n)) for n in (news.running, news.used, news.preemptions))

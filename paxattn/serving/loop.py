@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from paxattn.cache import Cache
+from paxattn.decoding.eviction import Eviction, Forgetful, evicted, holes
 from paxattn.decoding.generate import MAX_NUM_BATCHED_TOKENS, check_prompts, is_traced, new_tokens
 from paxattn.decoding.model import Model
 from paxattn.decoding.step import Stats, step
@@ -59,6 +60,7 @@ def serve(
     eos_token_id=(),
     trace: int = 0,
     attention: str = "auto",
+    evict: Eviction | None = None,
 ) -> Served:
     """Serves all requests through `max_num_seqs` rows: a pure function, ready for `jax.jit`.
 
@@ -76,6 +78,7 @@ def serve(
       eos_token_id: none, one or several ids that end a request.
       trace: record that many iterations; see `paxattn.serving.trace`.
       attention: implementation of paged attention, by name.
+      evict: gives blocks back while rows live, see `paxattn.decoding.eviction`; nothing is evicted by default.
 
     Returns:
       A `Served`. A traced request that can never fit ends as OUT_OF_BLOCKS without a token.
@@ -107,7 +110,7 @@ def serve(
     service = dataclasses.replace(service, queue=put(service.queue, requests, line, line, most(service)))
     budget = mixed_budget(max_num_batched_tokens, max_num_seqs)
     if lines:  # a queue of none would still be compiled
-        service = run(model, service, budget=budget, policy=policy, attention=attention)
+        service = run(model, service, budget=budget, policy=policy, attention=attention, evict=evict)
     return results(service, lines)
 
 
@@ -171,6 +174,7 @@ def run(
     policy: Policy,
     steps: Int32[Array, ""] | int | None = None,
     attention: str = "auto",
+    evict: Eviction | None = None,
 ) -> Service:
     """Runs until every request of the queue has ended, or for `steps` more steps.
 
@@ -181,6 +185,8 @@ def run(
     end = jnp.int32(2**31 - 1) if steps is None else service.stats.steps + steps
     watermark = jnp.float32(policy.watermark)
 
+    model = model if evict is None else Forgetful(model)
+
     def feed(tokens, most):
         told = {"budget": tokens, "max_queries": most, "attention": attention, "shared": False}
         return lambda state, count: step(model, state, count=count, **told)
@@ -190,11 +196,12 @@ def run(
 
     def turn(old):
         service = admit(wake(old), order, watermark)
-        count, out = choose(service, rank, budget)
+        gone = 0 if evict is None else jnp.sum(holes(service.cache.table), axis=1)
+        count, out = choose(service, rank, budget, gone)
         service = preempt(service, out)
         decode = jnp.sum(jnp.sum(count) <= jnp.array(widths))
         state = jax.lax.switch(jnp.where(jnp.any(count > 1), 0, decode), bodies, service.view(), count)
-        new = settle(service, state)
+        new = settle(service, state if evict is None else evicted(state, evict))
         if not new.trace.size:
             return new
         return dataclasses.replace(new, trace=tracing.record(old, service, new, count, out))

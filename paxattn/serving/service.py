@@ -14,6 +14,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from paxattn.blocks import NULL
 from paxattn.cache import Cache
 from paxattn.decoding.step import Finish, State, Stats, end_ids
 from paxattn.pages import PageTable, free
@@ -81,7 +82,7 @@ class Service:
 
 
 def capacity(table: PageTable) -> Int32[Array, ""]:
-    """Blocks that the rows hold or could hold. Rows of a queue share none."""
+    """Blocks that the rows hold or could hold, counting evicted ones as held. Rows of a queue share none."""
     return table.blocks.num_free + jnp.sum(table.pages_for(table.length))
 
 
@@ -122,11 +123,14 @@ def admit(service: Service, order: Int32[Array, "R"], watermark: Float32[Array, 
     return dataclasses.replace(service, queue=dataclasses.replace(queue, times=times), line=line)
 
 
-def choose(service: Service, rank: Int32[Array, "R"], budget: int) -> tuple[Int32[Array, "B"], Bool[Array, "B"]]:
+def choose(
+    service: Service, rank: Int32[Array, "R"], budget: int, gone: Int32[Array, "B"] | int = 0
+) -> tuple[Int32[Array, "B"], Bool[Array, "B"]]:
     """How many tokens each row feeds, and which rows have to go.
 
     Decoding rows feed their one token, then prompts share what is left of the budget, in rank order. The rows
-    that stay are the longest prefix in rank order whose pages, after this step, fit into the pool.
+    that stay are the longest prefix in rank order whose pages, after this step, fit into the pool; `gone` of a
+    row's pages were evicted, and hold no block.
     """
     table, pending = service.cache.table, service.view().pending
     rank = jnp.where(service.seated, rank[service.line], service.queue.size)
@@ -138,15 +142,15 @@ def choose(service: Service, rank: Int32[Array, "R"], budget: int) -> tuple[Int3
     prompts = jnp.where(pending > 1, pending, 0)
     singles = pending - prompts
     count = singles + jnp.clip(budget - jnp.sum(singles) - before(prompts), 0, prompts)
-    pages = table.pages_for(table.length + count)
-    stays = before(pages) + pages <= capacity(table)
+    pages = table.pages_for(table.length + count) - gone
+    stays = before(pages) + pages <= capacity(table) - jnp.sum(gone)
     return jnp.where(stays, count, 0), service.seated & ~stays
 
 
 def vacate(service: Service, rows: Bool[Array, "B"]) -> Service:
     """Empties rows; their blocks are free at once, their lines keep what is known."""
     cache = Cache(free(service.cache.table, rows), service.cache.layers)
-    freed = jnp.sum(jnp.where(rows, service.cache.table.pages_for(service.cache.table.length), 0))
+    freed = jnp.sum(rows[:, None] & (service.cache.table.pages != NULL))  # no block has two holders here
     stats = dataclasses.replace(service.stats, blocks_freed=service.stats.blocks_freed + freed)
     line = jnp.where(rows, service.queue.size, service.line)
     return dataclasses.replace(service, cache=cache, line=line, stats=stats)

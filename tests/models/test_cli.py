@@ -7,6 +7,7 @@ import pytest
 import models
 from models.cli import main
 from models.watch import watch
+from paxattn.ablation import runs
 from tests.paths import GOLDEN
 
 TINY = str(GOLDEN / "tiny_llama")
@@ -84,6 +85,22 @@ def test_ablate(capsys):
         (1, 7, True), (8, 7, True)]  # fmt: skip
     assert rows[0]["wasted"] == 0 < rows[1]["wasted"]
     assert min(row["kernel_us"] for row in rows) > 0
+
+
+def test_ablate_the_shapes_of_a_model(capsys, monkeypatch):
+    seen = []
+
+    def prepare(model, run, query_heads):
+        seen.append((model.cache_spec.num_layers, model.cache_spec.head_dim, query_heads))
+        return run
+
+    monkeypatch.setattr(runs, "prepare", prepare)
+    monkeypatch.setattr(runs, "measure", lambda *_, **__: {"status": "OK", "repeatable": True, "tokens_sha256": ""})
+    asked = ("--block-size", "8", "--set", "num_hidden_layers=1,2", "--set", "head_dim=16,32")
+    code, out, _ = run(capsys, "ablate", "--shapes", "tiny", *asked)
+    assert code == 0
+    assert seen == [(1, 16, 4), (1, 32, 4), (2, 16, 4), (2, 32, 4)]
+    assert out.split()[:3] == ["num_hidden_layers", "head_dim", "same_tokens"]
 
 
 def test_ablate_a_pool(capsys, tmp_path):

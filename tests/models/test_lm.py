@@ -1,10 +1,14 @@
 """Text in, text out: streaming, stop strings, batches, and what is refused."""
 
+import dataclasses
+
 import pytest
 
 import models
 import paxattn as pax
 from models.cli import main
+from models.eviction import eviction
+from models.shapes import CONFIGS
 from tests.paths import GOLDEN
 
 TEXT = "The capital of France is"
@@ -145,3 +149,34 @@ def test_speculation_by_name_or_object_spans_batches():
 def test_bad_drafters_are_refused(how, message):
     with pytest.raises((ValueError, OSError), match=message):
         models.load(GOLDEN / "tiny_llama").generate([[5]], max_new_tokens=2, speculate=how)
+
+
+def test_eviction_by_name_or_object_in_batches_and_through_the_engine():
+    """The same tokens every way, with fewer blocks."""
+    tiny = models.load(GOLDEN / "tiny_llama")
+    prompts = [[82, 154, 252, 9, 9, 1, 7, 30], [87, 8, 4], [5, 6, 7, 5, 6]]
+    common = {"max_new_tokens": 16, "block_size": 2, "eos_token_id": ()}
+    plain = tiny.generate(prompts, **common)
+    runs = [tiny.generate(prompts, evict=how, **common) for how in ("sinks:2,window:5", pax.sinks_and_window(2, 5))]
+    runs.append(tiny.generate(prompts, evict="sinks:2,window:5", max_num_seqs=2, **common))
+    assert runs[0].stats == runs[1].stats
+    for run in runs:
+        assert [o.token_ids for o in run.outputs] == [o.token_ids for o in runs[0].outputs]
+        assert run.stats["blocks_allocated"] == run.stats["blocks_freed"]
+        assert run.stats["blocks_peak"] < plain.stats["blocks_peak"]
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"evict": "window"}, "write window:W or sinks:S,window:W"),
+    ({"evict": "sinks:2,window:0"}, "window 0"),
+    ({"evict": "window:4", "num_beams": 2}, "neither beams nor a rollback"),
+    ({"evict": "window:4", "speculate": "ngram"}, "neither beams nor a rollback"),
+])  # fmt: skip
+def test_evictions_that_cannot_be_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        models.load(GOLDEN / "tiny_llama").generate([[5]], max_new_tokens=2, **options)
+
+
+def test_a_window_of_the_models_own_has_no_sinks():
+    with pytest.raises(ValueError, match="a window of 8 tokens: no sinks"):
+        eviction("sinks:1,window:8", dataclasses.replace(CONFIGS["tiny"], sliding_window=8))

@@ -4,6 +4,7 @@ a GPU      every case of HOPPER_CASES                 here    the real bodies, i
 anywhere   every shape lowers to code for sm_90               (TINY_CASES: an interpreter takes seconds a case)
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -16,7 +17,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from pallas_kernels import decode, mosaic, paged_attention, prefill
 from pallas_kernels.cases import CASES, HOPPER_CASES, TINY_CASES, make
-from pallas_kernels.config import KernelConfig
+from pallas_kernels.config import KernelConfig, decode_config, with_sizes, without_sizes
 from pallas_kernels.prefill_walk import PrefillConfig
 from tests.pallas_kernels.test_paged_attention import by_hand, error
 
@@ -136,3 +137,37 @@ def test_other_dtypes_are_refused(monkeypatch):
 def test_asked_for_by_name_it_raises_where_it_cannot_run():
     with pytest.raises(NotImplementedError, match='not a Hopper GPU; "xla" and "auto" run'):
         paged_attention(*make(CASES["decode"]), implementation="mosaic")
+
+
+def test_sizes_stand_in_the_name(monkeypatch):
+    """Those named replace the measured best of a call; the others stay."""
+    assert without_sizes(with_sizes("auto", kv_tile=32, stages=4)) == ("mosaic", {"kv_tile": 32, "stages": 4})
+    assert without_sizes("xla") == ("xla", {})
+    seen = []
+
+    def spy(q, *_, config=None, **__):
+        seen.append(config)
+        return q, q[..., 0]
+
+    monkeypatch.setattr(mosaic, "on_hopper", lambda: True)
+    monkeypatch.setattr(decode, "paged_attention", spy)
+    monkeypatch.setattr(prefill, "paged_attention", lambda q, *_, **__: (q, q[..., 0]))
+    arrays = arrays_of(HOPPER_CASES["decode-block-8"])
+    for most in (1, None):
+        for name in ("mosaic", "mosaic(stages=3)"):
+            paged_attention(*map(jnp.asarray, arrays), implementation=name, max_queries=most)
+    best = decode_config(arrays.q.shape[2], arrays.pages.shape[0])
+    assert seen == [None, dataclasses.replace(best, stages=3)] * 2
+
+
+@pytest.mark.parametrize(("name", "message"), [
+    ("mosaic(tile=64)", "unknown sizes tile; KernelConfig has kv_tile, stages, workers, num_sms"),
+    ("mosaic(kv_tile=60)", "kv_tile is 60"),
+    ("mosaic(stages=0)", "stages is 0"),
+    ("mosaic(kv_tile)", "must have the form"),
+    ("xla(kv_tile=64)", "'xla' has none"),
+])  # fmt: skip
+def test_sizes_that_there_are_none_of_are_refused(name, message):
+    arrays = arrays_of(HOPPER_CASES["decode-block-8"])
+    with pytest.raises(ValueError, match=message):
+        paged_attention(*map(jnp.asarray, arrays), implementation=name)

@@ -1,17 +1,24 @@
 """The ablation call: rows say what was measured, tokens are compared, a file is taken up where it stopped."""
 
+import dataclasses
+import functools
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import paxattn as pax
+from models.llama import random_llama
+from models.shapes import CONFIGS
+from pallas_kernels import api
 from paxattn.ablation import runs, sweep
+from paxattn.ablation.cases import cases, label, swept
 from paxattn.ablation.plot import plot
 from paxattn.ablation.pool import PoolRun
 from paxattn.ablation.runs import ModelRun, live_slots
-from tests.toys import HEADS, Chain, Toy
+from tests.toys import HEADS, Chain, Toy, prompts
 
 TOY, CHAIN = Toy.create(), Chain(jnp.int32(7))
 SMALL = {"rows": 2, "context": 9, "max_new_tokens": 6, "repeats": 1}
@@ -58,7 +65,7 @@ def test_a_pool_that_is_too_small_is_a_status_and_has_no_say():
 
 def test_other_tokens_are_noticed(monkeypatch, tmp_path):
     tokens = {1: "a", 4: "b", 8: "a"}
-    monkeypatch.setattr(runs, "prepare", lambda model, run: run)
+    monkeypatch.setattr(runs, "prepare", lambda model, run, query_heads: run)
     monkeypatch.setattr(runs, "measure", lambda run, **options: {
         "status": "OK", "repeatable": True, "tokens_sha256": tokens[run.block_size]})  # fmt: skip
     options = {"block_size": [1, 4, 8], "save": tmp_path / "rows.json", "threads": 2, **SMALL}
@@ -70,7 +77,7 @@ def test_other_tokens_are_noticed(monkeypatch, tmp_path):
 
 
 def test_other_questions_may_have_other_tokens():
-    row = {"status": "OK", "repeatable": True, **sweep.label(ModelRun())}
+    row = {"status": "OK", "repeatable": True, **label(ModelRun())}
     rows = [row | {"tokens_sha256": "a"}, row | {"tokens_sha256": "b", "temperature": 0.5},
             row | {"tokens_sha256": "b", "temperature": 0.5, "attention": "xla", "repeatable": False}]  # fmt: skip
     sweep.compare(rows)
@@ -112,6 +119,65 @@ def test_every_field_of_a_pool_can_be_swept():
     assert rows[2]["mean_wait_steps"] != rows[0]["mean_wait_steps"]
 
 
+@dataclasses.dataclass(frozen=True)
+class Salted:
+    """A config of the simplest kind."""
+
+    salt: int = 7
+    words: tuple[int, ...] = ()
+
+
+def test_every_field_of_a_models_config_can_be_swept(tmp_path):
+    made, told = [], []
+
+    def make(config):
+        made.append(config.salt)
+        return Chain(jnp.int32(config.salt))
+
+    options = {"make": make, "save": tmp_path / "rows.json", "block_size": [4, 8], **SMALL}
+    rows = pax.ablate(Salted(), salt=[1, 2], watch=lambda row: told.append(dict(row)), **options)
+    assert [(row["salt"], row["block_size"], row["same_tokens"]) for row in rows] == [
+        (1, 4, True), (1, 8, True), (2, 4, True), (2, 8, True),
+    ]  # fmt: skip
+    assert rows == told
+    assert rows[0]["tokens_sha256"] != rows[2]["tokens_sha256"]
+    assert (swept(rows), made) == (["salt", "block_size"], [1, 2])
+    again = pax.ablate(Salted(salt=2), watch=told.append, **options)
+    assert [row["subject"] for row in again] == [rows[2]["subject"]] * 2
+    assert len(told) == 4, "nothing is measured twice"
+
+
+def test_a_config_that_changes_no_array_is_another_model(monkeypatch):
+    monkeypatch.setattr(runs, "prepare", lambda model, run, query_heads: run)
+    monkeypatch.setattr(runs, "measure", lambda run, **_: {
+        "status": "OK", "repeatable": True, "tokens_sha256": run.seed})  # fmt: skip
+    rows = pax.ablate(Salted(), make=lambda config: CHAIN, words=[(1, 2), (3,)], **SMALL)
+    assert [row["words"] for row in rows] == ["(1, 2)", "(3,)"]
+    assert rows[0]["subject"] != rows[1]["subject"]
+
+
+def test_every_size_of_a_kernel_can_be_swept(monkeypatch):
+    """It reaches the call in every layer, though layers are traced once for each attention."""
+    seen = []
+
+    def spy(*given, sizes=None, **options):
+        seen.append(sizes)
+        return api.xla.paged_attention(*given, **options)
+
+    monkeypatch.setitem(api.IMPLEMENTATIONS, "mosaic", spy)
+    model = random_llama(dataclasses.replace(CONFIGS["tiny"], num_hidden_layers=1), jax.random.key(0))
+    state = pax.start(model, *prompts((3, 2)), max_new_tokens=4)
+    asked = {"stages": 3, "kv_tile": [32, 64]}
+    for case in cases(ModelRun, asked):
+        jax.eval_shape(functools.partial(pax.step, budget=4, attention=case.run.attention), model, state)
+    assert seen == [{"stages": 3, "kv_tile": 32}, {"stages": 3, "kv_tile": 64}]
+    rows = [case.asked for case in cases(ModelRun, asked)]
+    assert [(row["kv_tile"], row["attention"]) for row in rows] == [
+        (32, "mosaic(stages=3, kv_tile=32)"), (64, "mosaic(stages=3, kv_tile=64)"),
+    ]  # fmt: skip
+    assert swept(rows) == ["kv_tile"]
+
+
 def test_ways_are_ordered_as_they_must_be():
     rows = pax.ablate(LENGTHS, way=["reserve-max", "power-of-two", "oracle", "paged"], **POOL)
     wasted = {row["way"]: row["wasted"] for row in rows}
@@ -123,8 +189,13 @@ def test_ways_are_ordered_as_they_must_be():
 
 
 @pytest.mark.parametrize(("subject", "options", "message"), [
-    (CHAIN, {"blok_size": 3}, "unknown options blok_size; ModelRun has rows, context"),
-    (LENGTHS, {"rows": 3}, "unknown options rows; PoolRun has way, block_size"),
+    (CHAIN, {"blok_size": 3}, "unknown options blok_size; ModelRun has rows, context.*; KernelConfig has kv_tile"),
+    (Salted(), {"make": CHAIN, "pepper": 3}, "unknown options pepper; ModelRun has rows.*; Salted has salt, words"),
+    (Salted(), {"salt": [1, 2]}, "Salted is no model: say with make="),
+    (CHAIN, {"salt": [1, 2]}, "unknown options salt; ModelRun has"),
+    (CHAIN, {"attention": ["auto", "xla"], "kv_tile": 64}, "kv_tile is a size of \"mosaic\"; attention 'xla' has none"),
+    (CHAIN, {"workers": 3}, "workers 3; they must be"),
+    (LENGTHS, {"rows": 3, "kv_tile": 64}, "unknown options kv_tile, rows; PoolRun has way, block_size"),
     (LENGTHS, {"block_size": []}, "block_size is an empty list"),
     (LENGTHS, {"way": "static"}, "way 'static' is unknown"),
     (LENGTHS, {"pool_tokens": 30}, "a request takes"),
@@ -150,7 +221,7 @@ def test_a_file_of_another_form_is_refused(tmp_path, text):
 
 def test_a_plot_has_a_panel_a_figure_and_a_line_a_series(tmp_path):
     pytest.importorskip("matplotlib")
-    row = sweep.label(PoolRun()) | {"wasted": 0.1, "saving": 0.0, "steps": 9}
+    row = label(PoolRun()) | {"wasted": 0.1, "saving": 0.0, "steps": 9}
     rows = [row | {"block_size": size, "way": way} for size in (1, 16) for way in ("paged", "oracle")]
     figure = plot(rows, tmp_path / "a" / "plot.svg")
     assert [axes.get_title() for axes in figure.axes] == ["memory wasted, %"]

@@ -12,7 +12,7 @@ import paxattn as pax
 from paxattn.decoding import eviction
 from paxattn.decoding.eviction import Eviction, holes, sinks_and_window, sliding_window
 from paxattn.typing import struct
-from tests.toys import DIM, EMBED, HEADS, KV_HEADS, Toy, prompts, tokens_of
+from tests.toys import DIM, EMBED, HEADS, KV_HEADS, VOCAB, Toy, prompts, tokens_of
 
 TOY, SIZE, NEW, CHUNK, WIDTH = Toy.create(), 4, 24, 16, 56
 LENGTHS = (1, 5, 31, 16)
@@ -79,6 +79,7 @@ def test_attention_sees_what_a_row_still_holds(name):
         peak = max(peak, int(holes(state.cache.table).sum()))
     assert peak > 8, "this test evicts"
     assert int(end.stats.blocks_allocated) == int(end.stats.blocks_freed)
+    assert end.stats.sharing.saving == 0, "what is evicted is not shared"
     for row, length in enumerate(LENGTHS):
         for at in range(length, length + NEW):
             scores = dense_logits(end.tokens[row], seen[row], at - 1)
@@ -102,7 +103,7 @@ class Near:
     """The toy whose layers attend to the last six tokens."""
 
     toy: Toy
-    vocab_size = Toy.vocab_size
+    vocab_size = VOCAB
     cache_spec = Toy.cache_spec
 
     def __call__(self, tokens, plan, layers):
@@ -117,6 +118,7 @@ class Near:
         return self.toy.logits(hidden)
 
 
+@functools.cache
 def near(samples, **options):
     options |= {"max_num_batched_tokens": CHUNK, "temperature": 0.5, "num_return_sequences": samples, **OPTIONS}
     return jax.jit(lambda toy: pax.generate(Near(toy), *PROMPTS, **options))(TOY)
@@ -132,6 +134,46 @@ def test_a_window_model_does_not_notice():
     assert int(less.stats.blocks_peak) <= room < rows * NEW // SIZE
     assert int(less.cache.table.blocks.num_used) == 0
     assert int(less.stats.blocks_allocated) == int(less.stats.blocks_freed)
+
+
+SERVED = {"max_model_len": WIDTH, "block_size": SIZE, "max_num_batched_tokens": CHUNK}
+
+
+def serve(model, sampling=(), **options):
+    requests = pax.Requests.create(*PROMPTS, max_new_tokens=NEW, **dict(sampling))
+    return jax.jit(lambda model: pax.serve(model, requests, **SERVED | options))(model)
+
+
+@pytest.mark.parametrize("evict", [None, sliding_window(6)], ids=["kept", "evicted"])
+def test_serving_in_a_pool_of_the_longest_request(evict):
+    """More rows than the pool holds whole: where a window is evicted nobody is preempted; the tokens are the same."""
+    room = -(-(max(LENGTHS) + NEW - 1) // SIZE)
+    served = serve(Near(TOY), {"temperature": 0.5}.items(), max_num_seqs=4, num_blocks=1 + room, evict=evict)
+    pax.check(served.status)
+    assert tokens_of(served) == tokens_of(near(1))
+    assert (int(served.preemptions.sum()) == 0) == (evict is not None)
+    assert int(served.cache.table.blocks.num_used) == 0
+    assert int(served.stats.blocks_allocated) == int(served.stats.blocks_freed)
+
+
+def test_serving_everybody_at_once_is_generating():
+    """With the same chunks a score evicts the same pages, whoever runs the loop."""
+    options = {"evict": EVICTIONS["norms"], "max_num_batched_tokens": 64}
+    generated = jax.jit(lambda toy: pax.generate(toy, *PROMPTS, **OPTIONS | options))(TOY)
+    served = serve(TOY, max_num_seqs=len(LENGTHS), **options)
+    assert tokens_of(served) == tokens_of(generated)
+    assert int(served.stats.blocks_peak) == int(generated.stats.blocks_peak)
+
+
+def test_a_preempted_row_gives_back_what_it_still_holds():
+    """Any score, a pool that is too small for all: everybody ends, and each block is counted once."""
+    served = serve(TOY, max_num_seqs=4, num_blocks=15, evict=EVICTIONS["norms"])
+    pax.check(served.status)
+    assert served.length.tolist() == [NEW] * len(LENGTHS)
+    assert int(served.preemptions.sum()) > 0, "this test preempts"
+    assert int(served.stats.blocks_peak) <= 14
+    assert int(served.stats.blocks_allocated) == int(served.stats.blocks_freed)
+    assert not served.cache.table.blocks.refcount.any()
 
 
 def test_a_shared_block_stays_with_its_other_holders():
