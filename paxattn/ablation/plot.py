@@ -72,7 +72,7 @@ def plot(
         axes.set_xlabel(x.replace("_", " "), color=INK)
         axes.set_xticks(range(len(places)), [str(place) for place in places])
         axes.xaxis.set_minor_locator(NullLocator())
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.1 * axes.get_ylim()[1])
         axes.tick_params(colors=INK)
         axes.spines[["top", "right"]].set_visible(False)
         axes.spines[["bottom", "left"]].set_color(INK)
