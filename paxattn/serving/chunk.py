@@ -90,8 +90,8 @@ def _on(mesh: Mesh) -> tuple[Callable, Callable, Callable]:
     """The programs over a service whose arrays have an axis [D], lines given and told as if there were one queue."""
     shards = mesh.shape[DATA]
 
-    def chunks(model, service, policy, **options):
-        service, news = spread(chunk, mesh)(model, service, policy, **options)
+    def chunks(model, service, policy, evict, **options):
+        service, news = spread(chunk, mesh)(model, service, policy, evict, **options)
         return service, join(news, mesh, service.queue.known.size)
 
     def enters(service, requests, line, ticket):
