@@ -29,7 +29,7 @@ pytestmark = pytest.mark.skipif(not mosaic.on_hopper(), reason="needs a Hopper G
 @functools.cache
 def model():
     """Random weights, scores spread as far as a trained model's: their own margins would all be close."""
-    config = dataclasses.replace(CONFIGS["135M"], num_hidden_layers=6)
+    config = dataclasses.replace(CONFIGS["135M"], num_hidden_layers=3)
     model = jax.jit(lambda key: models.random_llama(config, key, "bfloat16"))(jax.random.key(0))
     model.norm[...] = 20 * model.norm[...]
     return model
