@@ -111,15 +111,20 @@ def test_smollm2_in_one_batch_and_one_by_one(block_size):
 
 
 def test_another_call_of_the_same_bucket_compiles_nothing():
+    """But that greedy batches have a program without sampling: a second one, for all values of the knobs."""
     from models import lm as module
 
     lm, rows = smollm2()
-    options = {"max_new_tokens": 5, "max_num_seqs": 2}
-    lm.generate([rows[0]["input_ids"], rows[1]["input_ids"]], **options)
-    compiled = module._advance._cache_size()
-    lm.generate([rows[2]["input_ids"], [5, 6, 7, 8, 9, 10, 11]], **(options | {"max_new_tokens": 9}), temperature=0.7,
-                top_p=0.9, top_k=5, seed=3)  # fmt: skip
-    assert module._advance._cache_size() == compiled
+    first, others = [rows[0]["input_ids"], rows[1]["input_ids"]], [rows[2]["input_ids"], [5, 6, 7, 8, 9, 10, 11]]
+
+    def compiled(prompts, new, **knobs):
+        lm.generate(prompts, max_new_tokens=new, max_num_seqs=2, **knobs)
+        return module._advance._cache_size()
+
+    greedy = compiled(first, 5)
+    assert compiled(others, 9) == greedy
+    assert compiled(others, 9, temperature=0.7, top_p=0.9, top_k=5, seed=3) == greedy + 1
+    assert compiled(first, 5, temperature=1.1, min_p=0.1, repetition_penalty=1.2, seed=4) == greedy + 1
 
 
 def test_a_decode_step_of_the_real_model_moves_no_pool():
