@@ -198,7 +198,6 @@ def _generate(options: argparse.Namespace) -> int:
     if options.mesh and options.show_pages:
         raise ValueError("--show-pages draws the pages of one device; leave out --mesh.")
     lm = models.load(options.model, dtype=options.dtype, mesh=hosts.open_mesh(options))
-    hosts.agree("model", lm.model.config.to_dict())
     if options.stream:
         for piece in lm.stream(prompts[0], stop_strings=options.stop, **settings):
             print(piece, end="", flush=True)

@@ -88,13 +88,16 @@ def agree(topic: str, facts: dict[str, Any], seconds: int = PATIENCE) -> None:
     if (client := global_state.client) is None:
         return
     mine = {name: json.dumps(value, sort_keys=True) for name, value in facts.items()}
-    client.key_value_set(f"paxattn/{topic}/{jax.process_index()}", json.dumps(mine))
+    place = f"paxattn/{topic}/{{}}/".format
+    turn = len(client.key_value_dir_get(place(jax.process_index())))  # a topic may come up again: another model, say
+    client.key_value_set(f"{place(jax.process_index())}{turn}", json.dumps(mine))
     for process in range(jax.process_count()):
         try:
-            said = client.blocking_key_value_get(f"paxattn/{topic}/{process}", 1000 * seconds)
+            said = client.blocking_key_value_get(f"{place(process)}{turn}", 1000 * seconds)
         except Exception as error:  # jaxlib's own kinds
             raise ValueError(f"process {process} did not say its {topic} within {seconds} s: {error}") from error
         theirs = json.loads(said)
         if differing := sorted(name for name in mine | theirs if mine.get(name) != theirs.get(name)):
             listed = "; ".join(f"{name}: {mine.get(name)} here, {theirs.get(name)} there" for name in differing)
-            raise ValueError(f"process {process} was not started like process {jax.process_index()}: {listed}.")
+            here = jax.process_index()
+            raise ValueError(f"the {topic} of process {process} is not that of process {here}: {listed}.")

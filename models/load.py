@@ -23,7 +23,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm.auto import tqdm
 
-from models import checkpoint, hub, sharding
+from models import checkpoint, hosts, hub, sharding
 from models.config import LlamaConfig
 from models.gguf import open_gguf
 from models.llama import Init, Llama, shard
@@ -48,28 +48,31 @@ def load(
     Raises:
       FileNotFoundError, models.weights.CheckpointError, models.config.ConfigError, models.sharding.MeshError: refused
         before anything is allocated, with what to do.
+      ValueError: of several processes, this one found another configuration than the first did.
     """
     dtype = jnp.dtype(dtype)
     if dtype.name not in DTYPES:
         raise ValueError(f"dtype is {dtype.name}; choose one of {', '.join(DTYPES)}.")
     path = hub.resolve(source)
+    tensors = None
     if checkpoint.is_checkpoint(path):
-        where = None if mesh is None else functools.partial(sharding.place, mesh)
-        raw, params = checkpoint.load(path, dtype=dtype, sharding=where)
-        config, tokenizer = LlamaConfig.from_dict(raw), load_tokenizer(path, None)
-        init = _from_params(params)
+        config, tokenizer = LlamaConfig.from_dict(checkpoint.open_config(path)), load_tokenizer(path, None)
+    elif path.suffix == ".gguf":
+        tensors = open_gguf(path)
+        config, tokenizer = tensors.config, load_tokenizer(path, tensors.metadata)
     else:
-        if path.suffix == ".gguf":
-            tensors = open_gguf(path)
-            config, tokenizer = tensors.config, load_tokenizer(path, tensors.metadata)
-        else:
-            config, tokenizer = read_config(path), load_tokenizer(path, None)
-            tensors = open_safetensors(path)
-            check_tensors(tensors, expected_tensors(config))  # `open_gguf` does it for its own
-        config = config if mesh is None else sharding.fit(config, mesh.shape["model"])
-        init = _from_tensors(tensors, config, dtype, mesh)
+        config, tokenizer = read_config(path), load_tokenizer(path, None)
+        tensors = open_safetensors(path)
+        check_tensors(tensors, expected_tensors(config))  # `open_gguf` does it for its own
     if tokenizer is not None:
         check_fits(tokenizer, config.vocab_size)
+    if mesh is not None:
+        hosts.agree("model", config.to_dict())  # before the weights, which one host may read minutes later than another
+    if tensors is None:
+        init = _from_orbax(path, dtype, mesh)
+    else:
+        config = config if mesh is None else sharding.fit(config, mesh.shape["model"])
+        init = _from_tensors(tensors, config, dtype, mesh)
     model = Llama(config, init)
     return LM(model if mesh is None else shard(model, mesh), tokenizer, str(source), mesh)
 
@@ -85,7 +88,11 @@ def read_config(path: Path) -> LlamaConfig:
     return LlamaConfig.from_dict(raw if eos is None else {**raw, "eos_token_id": eos})
 
 
-def _from_params(params: dict[str, jax.Array]) -> Init:
+def _from_orbax(path: Path, dtype: jnp.dtype, mesh: Mesh | None) -> Init:
+    """Reads what `paxattn convert` wrote, which is in our layout already."""
+    where = None if mesh is None else functools.partial(sharding.place, mesh)
+    params = checkpoint.read(path, dtype=dtype, sharding=where)
+
     def init(name: str, shape: tuple[int, ...]) -> jax.Array:
         if name not in params or params[name].shape != shape:
             found = params[name].shape if name in params else "no such parameter"

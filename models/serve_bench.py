@@ -173,7 +173,6 @@ def main(options: argparse.Namespace) -> int:
         model = load(options.model, dtype=options.dtype, mesh=mesh).model
     else:
         model = random_llama(CONFIGS[options.shapes], jax.random.key(0), options.dtype, mesh)
-    hosts.agree("model", model.config.to_dict())
     requests = workload(options.requests, options.low, options.high, model.vocab_size, options.seed)
     rows = min(options.max_num_seqs, Lanes(mesh, options.requests).hand)
     blocks = options.num_blocks or 1 + rows * -(-2 * options.high // options.block_size)

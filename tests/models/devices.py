@@ -345,6 +345,16 @@ def one_process_writes():
         snapshot.save("nowhere", jnp.ones(3), Toy.create())
 
 
+def another_model_is_refused():
+    """Each process finds out that its checkpoint is not the other's, before it reads a weight; the next load works."""
+    mine = ("tiny_llama", "tiny_llama3_rope_tied")[jax.process_index()]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("models.load.Llama", None)
+        with pytest.raises(ValueError, match=r"the model of process . is not that of process .*rope_scaling: "):
+            models.load(GOLDEN / mine, mesh=mesh(1, 2))
+    assert models.load(GOLDEN / "tiny_llama", mesh=mesh(1, 2)).model.config == tiny()[0].config
+
+
 def what_does_not_fit_is_refused():
     """Heads, vocabulary and devices: each named in the error."""
     for devices, words in ((3, "num_attention_heads = 8.*intermediate_size = 160"), (5, "vocab_size = 384")):
@@ -399,7 +409,7 @@ CHECKS = {
 
 SHARED = {
     name: MATRIX[name] for name in ("generate (1, 2)", "speculation (1, 2)", "beams (2, 1)", "serving (2, 1)")
-} | {"a snapshot": one_process_writes}
+} | {"a snapshot": one_process_writes, "another model": another_model_is_refused}
 """Of two processes."""
 
 
