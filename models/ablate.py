@@ -2,7 +2,7 @@
 
     --block-size 1,16,128                  runs of a model: waste, table, kernel, tokens/s, compile time, memory
     --block-size 1,16,128 --lengths FILE   a bare pool over lengths: waste, requests at once, preemptions
-    --set watermark=0.01,0.1               any other field of `ModelRun` or `PoolRun`, or a size of `KernelConfig`
+    --set watermark=0.01,0.1               any other field of `ModelRun` or `PoolRun`, or a size of the kernels
     --shapes tiny --set head_dim=16,32     random weights: any field of `LlamaConfig` too
 
 Commas separate values; several of them are swept, every combination of all options is a row.

@@ -15,6 +15,7 @@ import jax
 
 from pallas_kernels import mosaic, reference, xla
 from pallas_kernels.config import without_sizes
+from pallas_kernels.layouts import obstacle
 
 IMPLEMENTATIONS = {
     "reference": reference.paged_attention,
@@ -53,7 +54,7 @@ def paged_attention(
       sliding_window: a query sees itself and the window - 1 positions before it; all by default.
       soft_cap: scores become soft_cap * tanh(score / soft_cap), before the mask.
       max_queries: queries that a row has at most, where that is known beforehand; a hint for speed alone.
-      implementation: "auto" or a key of IMPLEMENTATIONS; "mosaic(kv_tile=128)" replaces sizes of its `KernelConfig`.
+      implementation: "auto" or a key of IMPLEMENTATIONS; "mosaic(kv_tile=128)" replaces sizes, see `config`.
 
     Returns:
       out [T, H, D] in q's dtype and the log-sum-exp of the scores, float32 [T, H] (natural logarithm). Idle
@@ -64,7 +65,7 @@ def paged_attention(
       NotImplementedError: the implementation asked for by name cannot run this.
     """
     _check(q, k_pool, v_pool, pages, length, query_start, sliding_window, soft_cap)
-    fits = mosaic.on_hopper() and mosaic.obstacle(q, k_pool) is None
+    fits = mosaic.on_hopper() and obstacle(q, k_pool) is None
     base, sizes = without_sizes(implementation)
     name = ("mosaic" if fits else "xla") if implementation == "auto" else base
     if name not in IMPLEMENTATIONS:

@@ -1,10 +1,14 @@
-"""What may be tuned by hand in the decode kernel, and the measured defaults; the result does not depend on it.
+"""What may be tuned by hand in the Hopper kernels, and the measured defaults; the result does not depend on it.
 
-SM = `workers` compute warpgroups, each with a ring of `stages` KV tiles, + one memory warpgroup for all
+decode    SM = `workers` compute warpgroups, each with a ring of `stages` KV tiles, + one memory warpgroup for all
+prefill   SM = 2 compute warpgroups that share a ring of `stages` KV tiles         + one memory warpgroup
+
+In the name of an attention a size of the prefill kernel begins with "prefill_": "mosaic(kv_tile=64, prefill_stages=3)".
 """
 
 import dataclasses
 import re
+from collections.abc import Mapping
 
 COMPUTE_REGISTERS, MEMORY_REGISTERS = 208, 40
 """A thread's, of each kind of warpgroup: within the pool a block starts with, or the request waits for ever."""
@@ -14,19 +18,59 @@ COMPUTE_REGISTERS, MEMORY_REGISTERS = 208, 40
 class KernelConfig:
     """Sizes of the decode kernel."""
 
-    kv_tile: int = 64  # keys looked at at once
+    kv_tile: int = 64  # keys looked at at once: a multiple of 16
     stages: int = 2  # KV tiles in flight a worker
     workers: int = 2  # compute warpgroups an SM, at most 2
     num_sms: int = 132  # persistent blocks
 
     def __post_init__(self):
-        for name, size in dataclasses.asdict(self).items():
-            if type(size) is not int or size < 1:
-                raise ValueError(f"{name} is {size!r}, must be an integer of at least 1.")
+        _check_counts(self)
         if self.kv_tile % 16 or self.workers > 2:
             raise ValueError(
                 f"kv_tile is {self.kv_tile} and workers {self.workers}; they must be a multiple of 16 and at most 2."
             )
+
+
+@dataclasses.dataclass(frozen=True)
+class PrefillConfig:
+    """Sizes of the prefill kernel."""
+
+    kv_tile: int = 128  # keys looked at at once: a multiple of 64
+    stages: int = 2  # KV tiles in flight
+    query_stages: int = 2  # query tiles in flight; results leave through their shared memory
+    programs: int | None = 132  # resident programs, one an SM; None: a program an item
+    compute_registers: int = 232  # a thread of the compute warpgroups: a multiple of 8
+
+    def __post_init__(self):
+        _check_counts(self)
+        if self.kv_tile % 64:
+            raise ValueError(f"kv_tile is {self.kv_tile}, must be a multiple of 64.")
+        if self.compute_registers % 8 or self.memory_registers < 24 or self.compute_registers < 168:
+            raise ValueError(f"compute_registers is {self.compute_registers}, must be a multiple of 8 in 168..240.")
+
+    @property
+    def memory_registers(self) -> int:
+        """What is left: a block starts with 168 a thread, and a request past that pool waits for ever."""
+        return 3 * 168 - 2 * self.compute_registers
+
+
+def _check_counts(config: KernelConfig | PrefillConfig) -> None:
+    for name, size in dataclasses.asdict(config).items():
+        if size is not None and (type(size) is not int or size < 1):
+            raise ValueError(f"{name} is {size!r}, must be an integer of at least 1.")
+
+
+_PREFIX = {KernelConfig: "", PrefillConfig: "prefill_"}
+
+SIZES = tuple(prefix + field.name for kind, prefix in _PREFIX.items() for field in dataclasses.fields(kind))
+"""What may be named in an attention's name: `KernelConfig`'s fields, then `PrefillConfig`'s."""
+
+
+def resized[C: (KernelConfig, PrefillConfig)](config: C, sizes: Mapping[str, int]) -> C:
+    """A config with those of the sizes that are its own."""
+    prefix = _PREFIX[type(config)]
+    named = {field.name: prefix + field.name for field in dataclasses.fields(config)}
+    return dataclasses.replace(config, **{name: sizes[size] for name, size in named.items() if size in sizes})
 
 
 def with_sizes(name: str, **sizes: int) -> str:
@@ -37,10 +81,10 @@ def with_sizes(name: str, **sizes: int) -> str:
     """
     if name not in ("auto", "mosaic"):
         raise ValueError(f'{next(iter(sizes))} is a size of "mosaic"; attention {name!r} has none.')
-    known = [field.name for field in dataclasses.fields(KernelConfig)]
-    if unknown := sorted(set(sizes) - set(known)):
-        raise ValueError(f"unknown sizes {', '.join(unknown)}; KernelConfig has {', '.join(known)}.")
-    KernelConfig(**sizes)
+    if unknown := sorted(set(sizes) - set(SIZES)):
+        raise ValueError(f"unknown sizes {', '.join(unknown)}; mosaic has {', '.join(SIZES)}.")
+    for kind in _PREFIX:
+        resized(kind(), sizes)
     return f"mosaic({', '.join(f'{size}={value}' for size, value in sizes.items())})"
 
 
@@ -62,3 +106,8 @@ def decode_config(head_dim: int, num_rows: int) -> KernelConfig:
     if head_dim > 128:
         return KernelConfig(workers=1)
     return KernelConfig(kv_tile=128, workers=1) if num_rows <= 16 else KernelConfig()
+
+
+def prefill_config(head_dim: int) -> PrefillConfig:
+    """What fits shared memory."""
+    return PrefillConfig() if head_dim <= 128 else PrefillConfig(kv_tile=64, query_stages=1)

@@ -26,6 +26,7 @@ from pallas_kernels.config import COMPUTE_REGISTERS, MEMORY_REGISTERS, KernelCon
 from pallas_kernels.decode_compute import compute
 from pallas_kernels.decode_memory import stream
 from pallas_kernels.decode_walk import ROWS, Barriers, Call, Refs
+from pallas_kernels.layouts import require_layouts
 from pallas_kernels.merge import merge
 from pallas_kernels.schedule import schedule
 from pallas_kernels.tiles import query_tiles
@@ -49,7 +50,12 @@ def paged_attention(
     config: KernelConfig | None = None,
     interpret=None,
 ) -> tuple[jax.Array, jax.Array]:
-    """See `pallas_kernels.paged_attention`. A jit of its own: the layers of a model share one compiled kernel."""
+    """See `pallas_kernels.paged_attention`. A jit of its own: the layers of a model share one compiled kernel.
+
+    Raises:
+      NotImplementedError: a head size, block size, group or dtype that the kernel has no layout for.
+    """
+    require_layouts(q, k_pool)
     (num_tokens, heads, head_dim), kv_heads = q.shape, k_pool.shape[1]
     config = config or decode_config(head_dim, pages.shape[0])
     group = heads // kv_heads

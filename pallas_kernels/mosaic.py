@@ -5,31 +5,14 @@ one row                  prefill
 otherwise                rows of one query -> decode, all others -> prefill: both run, each on its rows
 """
 
-import dataclasses
 from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import decode, prefill
-from pallas_kernels.config import decode_config
-
-HEAD_DIMS = (64, 128, 256)
-DTYPES = ("bfloat16", "float16")
-
-
-def obstacle(q, k_pool) -> str | None:
-    """Why these arrays cannot be served here, or None. Only shapes and dtypes are looked at."""
-    (_, heads, head_dim), (_, kv_heads, block_size, _) = q.shape, k_pool.shape
-    if head_dim not in HEAD_DIMS:
-        return f"head size is {head_dim}, must be one of {', '.join(map(str, HEAD_DIMS))}"
-    if q.dtype != k_pool.dtype or q.dtype.name not in DTYPES:
-        return f"dtypes of q and pools are {q.dtype} and {k_pool.dtype}, must both be bfloat16 or both float16"
-    if block_size % 8:
-        return f"block_size is {block_size}, must be a multiple of 8"
-    if heads // kv_heads > decode.ROWS:
-        return f"{heads // kv_heads} query heads share a KV head, at most {decode.ROWS} may"
-    return None
+from pallas_kernels.config import decode_config, prefill_config, resized
+from pallas_kernels.layouts import obstacle
 
 
 def on_hopper() -> bool:
@@ -67,14 +50,15 @@ def run(
     sizes: Mapping[str, int] | None = None,
     **options,
 ) -> tuple[jax.Array, jax.Array]:
-    """The kernels as they are, wherever they are to run; `sizes` replaces some of the decode kernel's."""
+    """The kernels as they are, wherever they are to run; `sizes` replaces some of theirs."""
     group = q.shape[1] // k_pool.shape[1]
-    tuned = {"config": dataclasses.replace(decode_config(q.shape[2], pages.shape[0]), **sizes)} if sizes else {}
+    tuned = {"config": resized(decode_config(q.shape[2], pages.shape[0]), sizes)} if sizes else {}
     if max_queries is not None and max_queries * group <= decode.ROWS:
         given = tuned | options
         return decode.paged_attention(q, k_pool, v_pool, pages, length, query_start, max_queries=max_queries, **given)
     least = 1 if length.size == 1 else 2  # who feeds a prompt alone feeds one query at its end, if ever
-    out, lse = prefill.paged_attention(q, k_pool, v_pool, pages, length, query_start, least=least, **options)
+    given = ({"config": resized(prefill_config(q.shape[2]), sizes)} if sizes else {}) | options
+    out, lse = prefill.paged_attention(q, k_pool, v_pool, pages, length, query_start, least=least, **given)
     if least == 1:
         return out, lse
     one = jnp.diff(query_start) == 1

@@ -25,10 +25,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.config import PrefillConfig, prefill_config
+from pallas_kernels.layouts import require_layouts
 from pallas_kernels.prefill_compute import compute
 from pallas_kernels.prefill_memory import stream, stream_queries, stream_results
 from pallas_kernels.prefill_plan import plan_tiles
-from pallas_kernels.prefill_walk import ROWS, Call, PrefillConfig, Refs, prefill_config
+from pallas_kernels.prefill_walk import ROWS, Call, Refs
 
 
 @functools.partial(jax.jit, static_argnames=("scale", "sliding_window", "soft_cap", "least", "config", "interpret"))
@@ -50,11 +52,11 @@ def paged_attention(
     """See `pallas_kernels.paged_attention`; rows of fewer than `least` queries are left out, their output is anything.
 
     Raises:
-      NotImplementedError: a head size, block size or dtype that the kernel has no layout for.
+      NotImplementedError: a head size, block size, group or dtype that the kernel has no layout for.
     """
+    require_layouts(q, k_pool)
     (num_tokens, heads, head_dim), (_, kv_heads, block_size, _) = q.shape, k_pool.shape
     config = config or prefill_config(head_dim)
-    _check(q, k_pool, config)
     paired = heads // kv_heads % 2 == 0
     # TMA reads and writes rows by eights; interpret mode knows no reads past the end.
     spare = -num_tokens % (128 if interpret else 8)
@@ -86,18 +88,6 @@ def paged_attention(
         interpret=interpret,
     )(q, k_pool, v_pool, pages, plan.tile, plan.live)
     return out[:num_tokens], lse[:num_tokens]
-
-
-def _check(q, k_pool, config) -> None:
-    def require(condition: bool, message: str) -> None:
-        if not condition:
-            raise NotImplementedError(f"paged_attention, prefill kernel: {message}")
-
-    require(q.dtype in (jnp.bfloat16, jnp.float16), f"dtype {q.dtype} is neither bfloat16 nor float16.")
-    require(q.dtype == k_pool.dtype, f"queries are {q.dtype}, keys {k_pool.dtype}.")
-    require(q.shape[2] in (64, 128, 256), f"head size {q.shape[2]} is none of 64, 128, 256.")
-    require(k_pool.shape[2] % 8 == 0, f"block size {k_pool.shape[2]} is no multiple of 8.")
-    require(config.kv_tile % 64 == 0, f"kv_tile {config.kv_tile} is no multiple of 64.")
 
 
 def _entry(call, *refs):

@@ -16,29 +16,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.config import PrefillConfig
+
 ROWS = 64
 """Queries a warpgroup holds: the rows of its matrix products."""
-
-
-@dataclasses.dataclass(frozen=True)
-class PrefillConfig:
-    """What may be tuned by hand; the result does not depend on it."""
-
-    kv_tile: int = 128  # keys looked at at once: a multiple of 64
-    stages: int = 2  # KV tiles in flight
-    query_stages: int = 2  # query tiles in flight; results leave through their shared memory
-    programs: int | None = 132  # resident programs, one an SM; None: a program an item
-    compute_registers: int = 232  # a thread of the compute warpgroups
-
-    @property
-    def memory_registers(self) -> int:
-        """What is left: a block starts with 168 a thread, and a request past that pool waits for ever."""
-        return 3 * 168 - 2 * self.compute_registers
-
-
-def prefill_config(head_dim: int) -> PrefillConfig:
-    """The default for a head size: what fits shared memory."""
-    return PrefillConfig() if head_dim <= 128 else PrefillConfig(kv_tile=64, query_stages=1)
 
 
 class Item(NamedTuple):

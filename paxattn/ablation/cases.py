@@ -1,7 +1,7 @@
 """What is asked: options, each a value or several, become cases, each a run of one setting.
 
 rows=8, block_size=[1, 16]     ModelRun or PoolRun: what is done
-kv_tile=[64, 128]              KernelConfig: sizes of the Hopper kernels, which become part of the attention's name
+kv_tile=[64, 128]              SIZES of the Hopper kernels, which become part of the attention's name
 num_hidden_layers=[2, 4]       the model's own config, where models are made from one
 """
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from pallas_kernels.config import KernelConfig, with_sizes
+from pallas_kernels.config import SIZES, with_sizes
 from paxattn.ablation.pool import PoolRun
 from paxattn.ablation.runs import ModelRun
 
@@ -28,8 +28,8 @@ class Case:
 
 def cases(kind: type[ModelRun] | type[PoolRun], options: dict[str, Any], config: Any = None) -> Iterator[Case]:
     """Every combination of these options, in the order of their product."""
-    of_run, of_kernel, of_model = names(kind), names(KernelConfig) if kind is ModelRun else [], names(config)
-    known = {kind.__name__: of_run, "KernelConfig": of_kernel, type(config).__name__: of_model}
+    of_run, of_kernel, of_model = names(kind), SIZES if kind is ModelRun else (), names(config)
+    known = {kind.__name__: of_run, "mosaic": of_kernel, type(config).__name__: of_model}
     if unknown := sorted(set(options) - {*of_run, *of_kernel, *of_model}):
         has = "; ".join(f"{owner} has {', '.join(fields)}" for owner, fields in known.items() if fields)
         raise ValueError(f"unknown options {', '.join(unknown)}; {has}.")
@@ -62,7 +62,7 @@ def swept(rows: Sequence[dict[str, Any]]) -> list[str]:
     asked, fields = list(rows[0]), {*names(ModelRun), *names(PoolRun)}
     asked = asked[: 1 + max(at for at, name in enumerate(asked) if name in fields)]
     different = [name for name in asked if len({row.get(name) for row in rows}) > 1]
-    told = {"subject", "device"} | ({"attention"} if set(different) & set(names(KernelConfig)) else set())
+    told = {"subject", "device"} | ({"attention"} if set(different) & set(SIZES) else set())
     return [name for name in different if name not in told]
 
 

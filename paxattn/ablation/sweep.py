@@ -1,6 +1,6 @@
 """One call, one row of figures for each combination: every option that is a list is swept.
 
-    ablate(model, block_size=[1, 16, 128], rows=8)            a paged run each, tokens compared   ModelRun, KernelConfig
+    ablate(model, block_size=[1, 16, 128], rows=8)            a paged run each, tokens compared   ModelRun, kernel sizes
     ablate(config, make=f, num_hidden_layers=[2, 4])          the same, of the model f(config)    the config's as well
     ablate(lengths, block_size=[1, 16, 128], watermark=0.1)   the allocator alone over a trace    PoolRun
 
@@ -52,7 +52,7 @@ def ablate(
     """Measures every combination of the options; a list, tuple, range or array of values is swept.
 
     Args:
-      subject: a model: the fields to sweep are those of `ModelRun` and of the kernels' `KernelConfig`; a frozen config,
+      subject: a model: the fields to sweep are those of `ModelRun` and sizes of the Hopper kernels; a frozen config,
         with `make`: its own fields too; or lengths of prompts and answers [2, R], which a bare pool serves: those of
         `PoolRun`.
       make: the model of a config. One model at a time is in memory.

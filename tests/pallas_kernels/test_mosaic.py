@@ -17,8 +17,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from pallas_kernels import decode, mosaic, paged_attention, prefill
 from pallas_kernels.cases import CASES, HOPPER_CASES, TINY_CASES, make
-from pallas_kernels.config import KernelConfig, decode_config, with_sizes, without_sizes
-from pallas_kernels.prefill_walk import PrefillConfig
+from pallas_kernels.config import KernelConfig, PrefillConfig, decode_config, prefill_config, with_sizes, without_sizes
 from tests.pallas_kernels.test_paged_attention import by_hand, error
 
 TOLERANCE = 1e-2  # bf16, of the worst query; typically 2e-3
@@ -141,7 +140,8 @@ def test_asked_for_by_name_it_raises_where_it_cannot_run():
 
 def test_sizes_stand_in_the_name(monkeypatch):
     """Those named replace the measured best of a call; the others stay."""
-    assert without_sizes(with_sizes("auto", kv_tile=32, stages=4)) == ("mosaic", {"kv_tile": 32, "stages": 4})
+    sizes = {"kv_tile": 32, "prefill_stages": 4}
+    assert without_sizes(with_sizes("auto", **sizes)) == ("mosaic", sizes)
     assert without_sizes("xla") == ("xla", {})
     seen = []
 
@@ -151,19 +151,27 @@ def test_sizes_stand_in_the_name(monkeypatch):
 
     monkeypatch.setattr(mosaic, "on_hopper", lambda: True)
     monkeypatch.setattr(decode, "paged_attention", spy)
-    monkeypatch.setattr(prefill, "paged_attention", lambda q, *_, **__: (q, q[..., 0]))
+    monkeypatch.setattr(prefill, "paged_attention", spy)
     arrays = arrays_of(HOPPER_CASES["decode-block-8"])
-    for most in (1, None):
-        for name in ("mosaic", "mosaic(stages=3)"):
+    few = decode_config(arrays.q.shape[2], arrays.pages.shape[0])
+    many = prefill_config(arrays.q.shape[2])
+    few, many = dataclasses.replace(few, stages=3), dataclasses.replace(many, stages=4, kv_tile=64)
+    for most, wanted in ((1, [few]), (None, [many, few])):  # decode alone; prefill, then decode
+        for name, configs in (
+            ("mosaic", [None] * len(wanted)),
+            ("mosaic(stages=3, prefill_stages=4, prefill_kv_tile=64)", wanted),
+        ):
             paged_attention(*map(jnp.asarray, arrays), implementation=name, max_queries=most)
-    best = decode_config(arrays.q.shape[2], arrays.pages.shape[0])
-    assert seen == [None, dataclasses.replace(best, stages=3)] * 2
+            assert seen == configs
+            seen.clear()
 
 
 @pytest.mark.parametrize(("name", "message"), [
-    ("mosaic(tile=64)", "unknown sizes tile; KernelConfig has kv_tile, stages, workers, num_sms"),
+    ("mosaic(tile=64)", "unknown sizes tile; mosaic has kv_tile, stages, workers, num_sms, prefill_kv_tile"),
     ("mosaic(kv_tile=60)", "kv_tile is 60"),
     ("mosaic(stages=0)", "stages is 0"),
+    ("mosaic(prefill_kv_tile=96)", "kv_tile is 96, must be a multiple of 64"),
+    ("mosaic(prefill_compute_registers=248)", r"compute_registers is 248, must be a multiple of 8 in 168\.\.240"),
     ("mosaic(kv_tile)", "must have the form"),
     ("xla(kv_tile=64)", "'xla' has none"),
 ])  # fmt: skip

@@ -11,7 +11,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from pallas_kernels import prefill, reference
 from pallas_kernels.cases import Case, make
-from pallas_kernels.prefill import PrefillConfig
+from pallas_kernels.config import PrefillConfig
 from pallas_kernels.prefill_plan import plan_tiles
 
 SMALL = Case((70, 9), (70, 3), heads=2, kv_heads=1, head_dim=64, block_size=8, idle=5)
@@ -91,9 +91,9 @@ def test_lowers_for_an_h100(options):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"head_dim": 96}, "head size 96 is none of"),
-        ({"block_size": 12}, "block size 12 is no multiple of 8"),
-        ({"dtype": jnp.float32}, "dtype float32 is neither"),
+        ({"head_dim": 96}, "head size is 96, must be one of 64, 128, 256"),
+        ({"block_size": 12}, "block_size is 12, must be a multiple of 8"),
+        ({"dtype": jnp.float32}, "float32 and float32, must both be bfloat16 or both float16"),
     ],
 )
 def test_what_has_no_layout_is_refused(options, message):

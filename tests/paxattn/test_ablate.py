@@ -189,7 +189,7 @@ def test_ways_are_ordered_as_they_must_be():
 
 
 @pytest.mark.parametrize(("subject", "options", "message"), [
-    (CHAIN, {"blok_size": 3}, "unknown options blok_size; ModelRun has rows, context.*; KernelConfig has kv_tile"),
+    (CHAIN, {"blok_size": 3}, "unknown options blok_size; ModelRun has rows, context.*; mosaic has kv_tile"),
     (Salted(), {"make": CHAIN, "pepper": 3}, "unknown options pepper; ModelRun has rows.*; Salted has salt, words"),
     (Salted(), {"salt": [1, 2]}, "Salted is no model: say with make="),
     (CHAIN, {"salt": [1, 2]}, "unknown options salt; ModelRun has"),
