@@ -13,15 +13,15 @@ turned by their place in the cache; here they keep the angle of their place in t
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 
 from paxattn.blocks import NULL, release
 from paxattn.cache import KV, Cache, CacheSpec, Plan
 from paxattn.decoding.model import Model
-from paxattn.decoding.step import State, step
+from paxattn.decoding.step import State, going, prompts_first, step
 from paxattn.pages import PageTable
 from paxattn.typing import Array, Bool, Float, Int32, static, struct
 
@@ -146,20 +146,8 @@ def advance(
     attention: str = "auto",
 ) -> State:
     """`paxattn.advance` that evicts after every step, chunks of a prompt included."""
-    end = jnp.int32(2**31 - 1) if steps is None else state.stats.steps + steps
 
-    def more(state):
-        return jnp.any(state.running) & (state.stats.steps < end)
+    def turns(tokens):
+        return functools.partial(turn, model, evict=evict, budget=tokens, attention=attention)
 
-    def prompts(state):
-        return jnp.any(state.pending > 1)
-
-    def body(state):
-        feed, decode = (
-            lambda state, tokens=tokens: turn(model, state, evict=evict, budget=tokens, attention=attention)
-            for tokens in (budget, state.known.size)
-        )
-        state = jax.lax.while_loop(lambda s: more(s) & prompts(s), feed, state)
-        return jax.lax.while_loop(lambda s: more(s) & ~prompts(s), decode, state)
-
-    return jax.lax.while_loop(more, body, state)
+    return prompts_first(state, going(state, steps), feed=turns(budget), decode=turns(state.known.size))

@@ -22,7 +22,7 @@ from paxattn.decoding.generate import MAX_NUM_BATCHED_TOKENS, Generation, finish
 from paxattn.decoding.model import Model
 from paxattn.decoding.rejection import check_vocabulary, take
 from paxattn.decoding.sampling import logprob
-from paxattn.decoding.step import Finish, State, step
+from paxattn.decoding.step import Finish, State, going, prompts_first, step
 from paxattn.pages import PageTable, truncate
 from paxattn.status import Status
 from paxattn.typing import Array, Bool, Int32, struct
@@ -122,9 +122,8 @@ def advance(
 ) -> Speculation:
     """`paxattn.advance` whose decoding body guesses and verifies: k + 1 tokens a row, of which one at least stays."""
     check_vocabulary(getattr(drafter, "vocab_size", model.vocab_size), model.vocab_size)
-    end = jnp.int32(2**31 - 1) if steps is None else state.stats.steps + steps
 
-    def prefill(state):
+    def feed(state):
         state = step(model, state, budget=budget, attention=attention)
         return dataclasses.replace(state, origin=state.known)
 
@@ -133,10 +132,7 @@ def advance(
         state = verify(model, dataclasses.replace(state, carry=carry), draft, attention=attention)
         return dataclasses.replace(state, carry=drafter.settle(state.carry, state))
 
-    def body(state):
-        return jax.lax.cond(jnp.any(state.pending > 1), prefill, decode, state)
-
-    return jax.lax.while_loop(lambda s: jnp.any(s.running) & (s.stats.steps < end), body, state)
+    return prompts_first(state, going(state, steps), feed=feed, decode=decode)
 
 
 def verify(model: Model, state: Speculation, draft: Draft, *, attention: str = "auto") -> Speculation:

@@ -9,6 +9,7 @@ A row whose pending tokens are all fed picks its next token; a finished row give
 
 import dataclasses
 import enum
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -131,9 +132,9 @@ def share(pending: Int32[Array, "B"], budget: int) -> Int32[Array, "B"]:
     return fed + deal(singles, budget - jnp.sum(fed))
 
 
-def step(
+def step[S: State](
     model: Model,
-    state: State,
+    state: S,
     *,
     budget: int,
     count: Int32[Array, "B"] | None = None,
@@ -141,7 +142,7 @@ def step(
     max_queries: int | None = None,
     shared: bool = True,
     greedy: bool = False,
-) -> State:
+) -> S:
     """Feeds up to `budget` tokens, `count[b]` of row b (as `share` deals them by default), picks, retires, frees.
 
     `max_queries` promises that no row feeds more, `shared=False` that no block has two holders, `greedy=True` that no
@@ -153,16 +154,16 @@ def step(
     return settle(model, fed, newest, picks=(count > 0) & (fed.pending == 0), most=budget, greedy=greedy)
 
 
-def feed(
+def feed[S: State](
     model: Model,
-    state: State,
+    state: S,
     count: Int32[Array, "B"],
     *,
     budget: int,
     attention: str = "auto",
     max_queries: int | None = None,
     shared: bool = True,
-) -> tuple[State, Float[Array, "B E"]]:
+) -> tuple[S, Float[Array, "B E"]]:
     """Feeds `count[b]` pending tokens of each row: paging, the model, the counters; picks nothing.
 
     When blocks run out nothing is fed, and the rows still running end as OUT_OF_BLOCKS with what they have.
@@ -201,15 +202,15 @@ def feed(
     return fed, hidden[plan.last]
 
 
-def settle(
+def settle[S: State](
     model: Model,
-    state: State,
+    state: S,
     newest: Float[Array, "B E"],
     *,
     picks: Bool[Array, "B"],
     most: int | None = None,
     greedy: bool = False,
-) -> State:
+) -> S:
     """Picks the next token of the running rows in `picks`, at most `most`, retires rows and frees what they held."""
     token, logprob = _pick(model, state, newest, picks, most, greedy)
     finite = ~jnp.isnan(logprob)
@@ -249,7 +250,7 @@ def _finish(state, picks, finite, token, known):
     return jnp.where(picks, ended, state.finish).astype(jnp.int32)
 
 
-def stop(state: State, rows: Bool[Array, "B"]) -> State:
+def stop[S: State](state: S, rows: Bool[Array, "B"]) -> S:
     """Ends rows from outside (a stop string, a cancelled request); their blocks are free at once."""
     rows = rows & state.running
     table = free(state.cache.table, rows)
@@ -258,41 +259,48 @@ def stop(state: State, rows: Bool[Array, "B"]) -> State:
     return dataclasses.replace(state, cache=Cache(table, state.cache.layers), finish=finish, stats=stats)
 
 
-def advance(
+def advance[S: State](
     model: Model,
-    state: State,
+    state: S,
     *,
     budget: int,
     steps: Int32[Array, ""] | int | None = None,
     attention: str = "auto",
     shared: bool = True,
-) -> State:
-    """Runs the batch until every row has ended, or for `steps` more steps: one program, loops in a loop.
+) -> S:
+    """Runs the batch until every row has ended, or for `steps` more steps: one program, a loop after a loop.
 
     While a row has a prompt to feed the token axis is `budget` long; once all rows decode it is one token a
     row. Each loop updates the pools in place. Where a question that steers the program makes the device wait for the
     host, the plain case (greedy, nothing shared) has a loop of its own that asks one a step: whether to go on.
     `shared=False` promises that no block has two holders: a state as `start` gives it then has no other case.
     """
-    rows = state.known.size
-    end = jnp.int32(2**31 - 1) if steps is None else state.stats.steps + steps
+    rows, more = state.known.size, going(state, steps)
 
     def turn(tokens, shared=shared, greedy=False):
         return lambda s: step(model, s, budget=tokens, attention=attention, shared=shared, greedy=greedy)
-
-    def more(state):
-        return jnp.any(state.running) & (state.stats.steps < end)
-
-    state = jax.lax.while_loop(lambda s: more(s) & jnp.any(s.pending > 1), turn(budget), state)
-    if not questions_wait() or (state.sampling is None and not shared):
-        return jax.lax.while_loop(more, turn(rows), state)
 
     def either(state):
         plain = turn(rows, shared=False, greedy=True)
         state = jax.lax.while_loop(lambda s: more(s) & s.is_plain, plain, state)
         return jax.lax.while_loop(lambda s: more(s) & ~s.is_plain, turn(rows), state)
 
-    return jax.lax.while_loop(more, either, state)
+    one_case = not questions_wait() or (state.sampling is None and not shared)
+    return prompts_first(state, more, feed=turn(budget), decode=turn(rows) if one_case else either)
+
+
+def going(state: State, steps: Int32[Array, ""] | int | None) -> Callable[[State], Bool[Array, ""]]:
+    """The question whether a batch goes on: a row wants tokens, and it has taken fewer than `steps` steps from here."""
+    end = jnp.int32(2**31 - 1) if steps is None else state.stats.steps + steps
+    return lambda s: jnp.any(s.running) & (s.stats.steps < end)
+
+
+def prompts_first[S: State](
+    state: S, more: Callable[[S], Array], *, feed: Callable[[S], S], decode: Callable[[S], S]
+) -> S:
+    """Turns a batch by `feed` while a row has a prompt to feed, then by `decode`: rows that decode never go back."""
+    state = jax.lax.while_loop(lambda s: more(s) & jnp.any(s.pending > 1), feed, state)
+    return jax.lax.while_loop(more, decode, state)
 
 
 def questions_wait() -> bool:
