@@ -248,9 +248,13 @@ def _summary(stats: dict) -> str:
         f"{stats['steps']} steps, {stats['tokens_fed']} tokens fed; blocks: {stats['blocks_allocated']} allocated, "
         f"{stats['blocks_freed']} freed, {stats['blocks_copied']} copied, {stats['blocks_peak']} in use at most\n"
         f"room for {peak} tokens at the peak, {unpaged} without paging (every row as long as the longest may get): "
-        f"{100 * (1 - peak / unpaged):.0f}% saved{guessed}"
+        f"{_saved(1 - peak / unpaged)}{guessed}"
         + (f"\nsharing saved {100 * saved:.0f}% of the blocks" if (saved := stats["sharing_saving"]) else "")
     )
+
+
+def _saved(share: float) -> str:
+    return f"{share:.0%} saved" if share >= 0 else f"{-share:.0%} more, as rows are shorter than their blocks"
 
 
 def _inspect(options: argparse.Namespace) -> int:

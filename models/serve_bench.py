@@ -146,8 +146,8 @@ class Bench:
         return {
             "output_tokens_per_s": tokens / seconds,
             "seconds": seconds,
-            "prompt_seconds": sum(span for span, prompts in spans if prompts),
-            "decode_seconds": sum(span for span, prompts in spans if not prompts),
+            "prompt_seconds": sum((span for span, prompts in spans if prompts), 0.0),
+            "decode_seconds": sum((span for span, prompts in spans if not prompts), 0.0),
             "steps": _most(service.stats.steps),
             "prefill_steps": _most(service.stats.prefill_steps),
             "requests": self.requests.prompt_length.size,

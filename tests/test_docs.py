@@ -2,9 +2,11 @@
 
 A command of the README is of a known kind or the test fails: nothing stands there unchecked by accident.
 `make X` must be a target (running it is the business of that target), `paxattn ...` and the Python blocks, as
-one program, are run, and so are those of each how-to; commands that fetch or install are left alone.
+one program, are run, and so are those of each how-to; commands that fetch or install are left alone. Of "Many
+devices" what one host can do is run as it stands.
 """
 
+import os
 import re
 import shlex
 import subprocess
@@ -52,6 +54,8 @@ def broken(document: Path, text: str) -> list[str]:
             continue
         if not target.exists():
             bad.append(f"{document.name}: {link} does not exist")
+        elif target.is_dir():
+            bad.append(f"{document.name}: {link} is a folder, which the site has no page for")
         elif anchor and target.suffix == ".md":
             page = text if target == document else target.read_text("utf-8")
             bad += [] if anchor in anchors(page) else [f"{document.name}: {link}: no such heading"]
@@ -70,13 +74,14 @@ def run(*command: str) -> None:
 
 
 def test_readers_of_markdown():
-    text = "# A b: c\n[x](gone.md) `[y](no)`\n![z](#a-b-c) [w](#nope)\n"
+    text = "# A b: c\n[x](gone.md) `[y](no)`\n![z](#a-b-c) [w](#nope) [v](docs)\n"
     text += "```bash\n$ make 'a d' \\\n  b # c\n[q](no)\n```\n"
-    assert links(text) == ["gone.md", "#a-b-c", "#nope"]
+    assert links(text) == ["gone.md", "#a-b-c", "#nope", "docs"]
     assert commands(text)[0] == ["make", "a d", "b"]
     assert broken(ROOT / "README.md", text) == [
         "README.md: gone.md does not exist",
         "README.md: #nope: no such heading",
+        "README.md: docs is a folder, which the site has no page for",
     ]
 
 
@@ -112,6 +117,14 @@ def test_the_drafter_of_the_architecture_guesses_and_changes_no_token():
     exec(code, names)
     state = check(names["Habit"](VOCAB), started(block_size=3), 5)
     assert int(state.tally.drafted.sum()) > int(state.tally.accepted.sum()) > 0
+
+
+@pytest.mark.parametrize("language", ["bash", "python"])
+def test_one_host_of_many_devices_does_what_is_written(language, monkeypatch):
+    text = (ROOT / "docs" / "many-devices.md").read_text("utf-8")
+    program = "\n".join(blocks(text[text.index("## One host") : text.index("## Two hosts")], language))
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
+    run(*(("bash", "-e") if language == "bash" else (sys.executable,)), "-c", program)
 
 
 @pytest.mark.parametrize("page", sorted((ROOT / "docs" / "howto").glob("*.md")), ids=lambda p: p.stem)
