@@ -61,8 +61,11 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--only", choices=("cpu_ablate", "simulator"))
-    parser.add_argument("--tiny", action="store_true", help="a tiny model, few requests, to see that this runs")
-    parser.add_argument("--save", action="store_true", help="write results/<machine> and docs/figures")
+    record.add_options(
+        parser,
+        "cpu_ablate.json and simulator.json, and docs/figures",
+        tiny="a tiny model, few requests, to see that this runs",
+    )
     options = parser.parse_args()
     sizes, requests, draws, bounds = SIZES, 1000, DRAWS, {}
     if options.tiny:

@@ -211,7 +211,7 @@ def main() -> None:
     add("--rounds", type=int, default=5)
     add("--only", choices=("ours", "peer"), help="measure one side alone")
     add("--json", action="store_true", help="print the record instead of the table")
-    add("--save", action="store_true", help="also write results/<machine>/cpu_decode.json")
+    record.add_options(parser, "cpu_decode.json")
     arguments = parser.parse_args()
 
     sides: dict[str, Decode] = {} if arguments.only == "peer" else {OURS: paxattn_decode(arguments.gguf)}

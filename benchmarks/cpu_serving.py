@@ -32,9 +32,8 @@ def main() -> None:
     add("--low", type=int, default=16)
     add("--high", type=int, default=64)
     add("--rounds", type=int, default=3)
-    add("--tiny", action="store_true", help="a small model, in seconds")
     add("--json", action="store_true")
-    add("--save", action="store_true", help="write results/<machine>/cpu_serving.json")
+    record.add_options(parser, "cpu_serving.json", tiny="a small model, in seconds")
     options = parser.parse_args()
     config = CONFIGS["tiny" if options.tiny else options.shapes]
     model = random_llama(config, jax.random.key(0))

@@ -99,7 +99,7 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", action="store_true", help="print the record instead of the table")
-    parser.add_argument("--save", action="store_true", help="also write results/<machine>/cpu_speculative.json")
+    record.add_options(parser, "cpu_speculative.json")
     options = parser.parse_args()
     lm = models.load("smollm2-135m")
     made = sides(lm, options.speculate.split(","), options.num_speculative_tokens)

@@ -34,8 +34,7 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=6, help="programs compiled at once")
-    parser.add_argument("--tiny", action="store_true", help="tiny shapes, to see on a CPU that this runs")
-    parser.add_argument("--save", action="store_true", help="write results/h100/ablate.json and docs/figures")
+    record.add_options(parser, "ablate.json, and docs/figures", tiny="tiny shapes, to see on a CPU that this runs")
     options = parser.parse_args()
     if options.tiny:
         options.shapes, options.block_size, options.rows, options.context, options.new = "tiny", "8,16", 2, 32, 8
@@ -55,7 +54,7 @@ def main() -> None:
             flush=True,
         )
         if options.save:
-            print(record.write("ablate", seen, method=METHOD, folder="h100"), flush=True)
+            print(record.write("ablate", seen, method=METHOD), flush=True)
 
     pax.ablate(
         model,

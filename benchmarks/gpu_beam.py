@@ -174,9 +174,7 @@ def main() -> None:
     parser.add_argument("--only", default="beams,samples,requests")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--attention", default="auto")
-    parser.add_argument("--tiny", action="store_true", help="two small layers in float32, to see that this runs")
-    parser.add_argument("--save", action="store_true", help="write results/<folder>/beam.json")
-    parser.add_argument("--folder", default="h100")
+    record.add_options(parser, "beam.json", tiny="two small layers in float32, to see that this runs")
     options = parser.parse_args()
 
     tiny = dataclasses.replace(CONFIGS["135M"], num_hidden_layers=2, vocab_size=999)
@@ -217,8 +215,8 @@ def main() -> None:
                 measure = measure_samples if kind == "samples" else measure_requests
                 rows.append(measure(model, compiled[case], *told))
             print({key: value for key, value in rows[-1].items() if "seconds" not in key}, flush=True)
-            if options.save and not options.tiny:  # after each row: a run that is cut leaves what it has
-                record.write("beam", rows, method=METHOD, folder=options.folder)
+            if options.save:  # after each row: a run that is cut leaves what it has
+                record.write("beam", rows, method=METHOD)
         del model
 
 

@@ -107,8 +107,7 @@ def main() -> None:
     parser.add_argument("--only", help="one row, like 32x512")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--attention", default="auto")
-    parser.add_argument("--tiny", action="store_true", help="a small model, in seconds on a CPU")
-    parser.add_argument("--save", action="store_true", help="write benchmarks/results/h100/decode.json")
+    record.add_options(parser, "decode.json", tiny="a small model, in seconds on a CPU")
     options = parser.parse_args()
     chosen = [(name, rows, prompt) for name, rows, prompt in VLLM if name in options.models.split(",")]
     chosen = [case for case in chosen if options.only in (None, f"{case[1]}x{case[2]}")]
@@ -135,7 +134,7 @@ def main() -> None:
                 flush=True,
             )
             if options.save:  # after each row: a run that is cut leaves what it has
-                record.write("decode", rows, method=METHOD, folder="h100")
+                record.write("decode", rows, method=METHOD)
         del model
 
 

@@ -223,10 +223,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--attention", default="auto")
     parser.add_argument("--only", help="cases whose name contains this")
-    parser.add_argument("--tiny", action="store_true", help="small cases, to try the script")
-    parser.add_argument(
-        "--save", action="store_true", help="write kernels.json and prefill.json of benchmarks/results/h100"
-    )
+    record.add_options(parser, "kernels.json and prefill.json", tiny="small cases, to try the script")
     options = parser.parse_args()
     cases = [Case("decode", *shape, block) for shape in DECODE for block in (8, 16, 128)]
     cases += [Case("ragged", *shape, block) for shape in RAGGED for block in (16, 128)]
@@ -256,7 +253,7 @@ def main() -> None:
         )
     if options.save:
         for name, rows in results.items():
-            print(record.write(name, rows, method=METHOD, folder="h100"))
+            print(record.write(name, rows, method=METHOD))
 
 
 if __name__ == "__main__":

@@ -237,9 +237,8 @@ def main() -> None:
     add("--dtype", default="bfloat16")
     add("--attention", default="auto")
     add("--repeats", type=int, default=2)
-    add("--tiny", action="store_true", help="a small model and workload on two CPU devices, in seconds")
     add("--json", action="store_true")
-    add("--save", action="store_true", help="write results/h100x2/scaling.json (or the folder of another device)")
+    record.add_options(parser, "scaling.json", tiny="a small model and workload on two CPU devices, in seconds")
     options = parser.parse_args()
     options.rows = [(1, 128), (32, 512), (128, 512)]
     if options.tiny:
@@ -264,8 +263,7 @@ def main() -> None:
         gc.collect()  # the model, before the next is made
         print(f"{side.name}: {time.perf_counter() - began:.0f} s", flush=True)
         if options.save:  # after each side: a run that is cut leaves what it has
-            folder = "h100x2" if "H100" in jax.devices()[0].device_kind else None
-            record.write("scaling", compared(lines), method=METHOD, folder=folder)
+            record.write("scaling", compared(lines), method=METHOD, devices=2)
     print(json.dumps(compared(lines), indent=1) if options.json else table(compared(lines)))
 
 

@@ -114,9 +114,8 @@ def main() -> None:
     add("--attention", default="auto")
     add("--repeats", type=int, default=2)
     add("--trace", type=int, default=0, metavar="STEPS", help="record that many iterations, to measure what it costs")
-    add("--tiny", action="store_true", help="a small model and workload, in seconds on a CPU")
     add("--json", action="store_true")
-    add("--save", action="store_true", help="write results/h100/serving.json (or the folder of another device)")
+    record.add_options(parser, "serving.json", tiny="a small model and workload, in seconds on a CPU")
     options = parser.parse_args()
     if options.tiny:
         options.models, options.requests, options.low, options.high, options.dtype = ["tiny"], 8, 5, 40, "float32"
@@ -130,8 +129,7 @@ def main() -> None:
         del bench
         gc.collect()
         if options.save:  # after each model: a run that is cut leaves what it has
-            folder = "h100" if "H100" in jax.devices()[0].device_kind else None
-            record.write("serving", lines, method=METHOD, folder=folder)
+            record.write("serving", lines, method=METHOD)
         print(table(lines[-1:]) if not options.json else "", flush=True)
     document = record.document("serving", lines, method=METHOD)
     print(json.dumps(document, indent=1) if options.json else table(lines))

@@ -150,8 +150,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--k", default="3,7,15")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--tiny", action="store_true", help="two layers of 135M in float32, to see that this runs")
-    parser.add_argument("--save", action="store_true", help="write results/h100/speculative.json")
+    record.add_options(parser, "speculative.json", tiny="two layers of 135M in float32, to see that this runs")
     options = parser.parse_args()
     config, dtype = CONFIGS[options.model], "bfloat16"
     if options.tiny:
@@ -169,8 +168,7 @@ def main() -> None:
         for line in measure(model, parts, rows, options.prompt, ks, [0.6, 0.8], options.repeats):
             lines.append({"model": name, **line})
         if options.save:  # after each number of rows: a run that is cut leaves what it has
-            folder = "h100" if "H100" in jax.devices()[0].device_kind else None
-            print(record.write("speculative", lines, method=METHOD, folder=folder))
+            print(record.write("speculative", lines, method=METHOD))
 
 
 if __name__ == "__main__":

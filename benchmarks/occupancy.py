@@ -66,9 +66,8 @@ def main() -> None:
     add("--tokens", type=int, default=16384, help="that the pool holds")
     add("--rows", type=int, default=256, help="at most")
     add("--block-size", type=int, nargs="+", default=[16])
-    add("--tiny", action="store_true", help="fewer requests and a smaller pool")
     add("--json", action="store_true")
-    add("--save", action="store_true", help="write results/<machine>/occupancy.json")
+    record.add_options(parser, "occupancy.json", tiny="fewer requests and a smaller pool")
     options = parser.parse_args()
     if options.tiny:
         options.requests, options.tokens, options.rows = 60, 4096, 32

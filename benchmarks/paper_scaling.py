@@ -100,7 +100,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 128])
     parser.add_argument("--context", type=int, default=2048)
-    parser.add_argument("--save", action="store_true", help="write results/<this machine>/paper_scaling.json")
+    record.add_options(parser, "paper_scaling.json")
     options = parser.parse_args()
     jax.config.update("jax_num_cpu_devices", 16)
     lines = [measure(name, rows, options.context) for name in CASES for rows in options.rows]

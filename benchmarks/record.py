@@ -6,6 +6,7 @@ A number without its samples cannot be checked later, and one measured on uncomm
 both are in the file, the second as `dirty`.
 """
 
+import argparse
 import datetime
 import json
 import os
@@ -78,26 +79,29 @@ def document(name: str, rows: list[dict], *, method: str, peers: dict[str, str] 
     }
 
 
-def write(
-    name: str,
-    rows: list[dict],
-    *,
-    method: str,
-    peers: dict[str, str] | None = None,
-    folder: str | None = None,
-) -> Path:
-    """Write one run to `results/<folder>/<name>.json`; the folder names the device if not given."""
+def add_options(parser: argparse.ArgumentParser, names: str, tiny: str | None = None) -> None:
+    """Adds `--save`, and `--tiny` where there is a small case: what is tiny is never kept."""
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--save", action="store_true", help=f"write benchmarks/results/<device>/{names}")
+    if tiny:
+        group.add_argument("--tiny", action="store_true", help=tiny)
+
+
+def write(name: str, rows: list[dict], *, method: str, peers: dict[str, str] | None = None, devices: int = 1) -> Path:
+    """Write one run to `results/<device>/<name>.json`, or to `<device>x2` where two were used."""
     record = document(name, rows, method=method, peers=peers)
-    path = RESULTS / (folder or _folder(record)) / f"{name}.json"
+    path = RESULTS / (_folder(record) + (f"x{devices}" if devices > 1 else "")) / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
     return path
 
 
 def _folder(record: dict) -> str:
-    """A folder name such as `amd-epyc-2-cores` or `nvidia-h100-80gb-hbm3`."""
-    on_cpu = record["device"]["platform"] == "cpu"
-    kind = f"{record['machine']['cpu']} {record['machine']['cores']} cores" if on_cpu else record["device"]["kind"]
+    """A folder name such as `amd-epyc-2-cores`, `h100` or `nvidia-a100-sxm4-40gb`."""
+    on_cpu, kind = record["device"]["platform"] == "cpu", record["device"]["kind"]
+    if short := re.search(r"\b(h100|h200|gh200|b200)\b", kind.lower()):
+        return short[0]
+    kind = f"{record['machine']['cpu']} {record['machine']['cores']} cores" if on_cpu else kind
     return re.sub(r"[^a-z0-9]+", "-", kind.lower()).strip("-")
 
 

@@ -86,10 +86,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=96)
     parser.add_argument("--steps", type=int, default=64, help="steps of beam search that are recorded")
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument(
-        "--tiny", action="store_true", help="a tiny random model and few requests, to see that this runs"
-    )
-    parser.add_argument("--save", action="store_true", help="write results/<machine>/sharing.json")
+    record.add_options(parser, "sharing.json", tiny="a tiny random model and few requests, to see that this runs")
     options = parser.parse_args()
     ways, names = (2, 4, 6), tuple(NAMES)
     if options.tiny:
