@@ -84,6 +84,7 @@ HOPPER_CASES = {  # head sizes, block sizes and lengths that the kernels for Hop
     "decode-block-128": _llama((5000, 8, 1, 130, 127, 128, 129), (1,) * 7, block_size=128),
     "decode-mha": Case((5, 8, 1, 130, 700), (1,) * 5, heads=3, kv_heads=3, head_dim=64, block_size=16),
     "decode-mqa": Case((5000, 8, 1, 130), (1,) * 4, heads=64, kv_heads=1, head_dim=128, block_size=16),
+    "decode-group-12": Case((5000, 8, 1, 130), (1,) * 4, heads=24, kv_heads=2, head_dim=128, block_size=16),
     "decode-head-256": Case((5000, 8, 1, 130), (1,) * 4, heads=8, kv_heads=2, head_dim=256, block_size=16),
     "decode-idle-rows": _llama((5, 0, 3000), (1, 0, 1), idle=1),
     "decode-giant-among-tiny": _llama((20000, *(1,) * 30), (1,) * 31),
@@ -93,6 +94,8 @@ HOPPER_CASES = {  # head sizes, block sizes and lengths that the kernels for Hop
     "decode-soft-cap": _llama((9, 70, 2000), (1, 1, 1), soft_cap=2.0),
     "decode-scale": _llama((9, 70, 2000), (1, 1, 1), scale=0.3),
     "verify": _llama((9, 1000, 6, 77), (4, 4, 4, 4)),
+    "verify-5": _llama((9, 1000, 6, 77), (5, 5, 5, 5)),  # 20 rows: no power of two, no multiple of 8
+    "verify-5-head-64": Case((9, 1000, 6), (5, 5, 5), heads=9, kv_heads=3, head_dim=64, block_size=16),
     "verify-ragged": _llama((900, 1000, 60, 77), (8, 8, 3, 8), idle=5),
     "verify-window": _llama((9, 3000, 64, 200), (4,) * 4, sliding_window=100),
     "prefill": _llama((300,), (300,)),

@@ -10,6 +10,8 @@ import dataclasses
 import re
 from collections.abc import Mapping
 
+import jax
+
 COMPUTE_REGISTERS, MEMORY_REGISTERS = 208, 40
 """A thread's, of each kind of warpgroup: within the pool a block starts with, or the request waits for ever."""
 
@@ -18,24 +20,22 @@ COMPUTE_REGISTERS, MEMORY_REGISTERS = 208, 40
 class KernelConfig:
     """Sizes of the decode kernel."""
 
-    kv_tile: int = 64  # keys looked at at once: a multiple of 16
+    kv_tile: int = 64  # keys looked at at once: a multiple of 64, at most 256
     stages: int = 2  # KV tiles in flight a worker
     workers: int = 2  # compute warpgroups an SM, at most 2
-    num_sms: int = 132  # persistent blocks
+    num_sms: int = 132  # persistent blocks, one an SM
 
     def __post_init__(self):
         _check_counts(self)
-        if self.kv_tile % 16 or self.workers > 2:
-            raise ValueError(
-                f"kv_tile is {self.kv_tile} and workers {self.workers}; they must be a multiple of 16 and at most 2."
-            )
+        if self.workers > 2:
+            raise ValueError(f"workers is {self.workers}, must be at most 2.")
 
 
 @dataclasses.dataclass(frozen=True)
 class PrefillConfig:
     """Sizes of the prefill kernel."""
 
-    kv_tile: int = 128  # keys looked at at once: a multiple of 64
+    kv_tile: int = 128  # keys looked at at once: a multiple of 64, at most 256
     stages: int = 2  # KV tiles in flight
     query_stages: int = 2  # query tiles in flight; results leave through their shared memory
     programs: int | None = 132  # resident programs, one an SM; None: a program an item
@@ -43,8 +43,6 @@ class PrefillConfig:
 
     def __post_init__(self):
         _check_counts(self)
-        if self.kv_tile % 64:
-            raise ValueError(f"kv_tile is {self.kv_tile}, must be a multiple of 64.")
         if self.compute_registers % 8 or self.memory_registers < 24 or self.compute_registers < 168:
             raise ValueError(f"compute_registers is {self.compute_registers}, must be a multiple of 8 in 168..240.")
 
@@ -58,6 +56,8 @@ def _check_counts(config: KernelConfig | PrefillConfig) -> None:
     for name, size in dataclasses.asdict(config).items():
         if size is not None and (type(size) is not int or size < 1):
             raise ValueError(f"{name} is {size!r}, must be an integer of at least 1.")
+    if config.kv_tile % 64 or config.kv_tile > 256:  # the sides of matrix products
+        raise ValueError(f"kv_tile is {config.kv_tile}, must be a multiple of 64, at most 256.")
 
 
 _PREFIX = {KernelConfig: "", PrefillConfig: "prefill_"}
@@ -103,11 +103,18 @@ def without_sizes(name: str) -> tuple[str, dict[str, int]]:
 
 def decode_config(head_dim: int, num_rows: int) -> KernelConfig:
     """The measured best: few rows want long tiles and few workers, as each tile is a round trip to memory."""
+    sms = multiprocessors()
     if head_dim > 128:
-        return KernelConfig(workers=1)
-    return KernelConfig(kv_tile=128, workers=1) if num_rows <= 16 else KernelConfig()
+        return KernelConfig(workers=1, num_sms=sms)
+    return KernelConfig(kv_tile=128, workers=1, num_sms=sms) if num_rows <= 16 else KernelConfig(num_sms=sms)
 
 
 def prefill_config(head_dim: int) -> PrefillConfig:
     """What fits shared memory."""
-    return PrefillConfig() if head_dim <= 128 else PrefillConfig(kv_tile=64, query_stages=1)
+    sms = multiprocessors()
+    return PrefillConfig(programs=sms) if head_dim <= 128 else PrefillConfig(kv_tile=64, query_stages=1, programs=sms)
+
+
+def multiprocessors() -> int:
+    """SMs of the device that programs are compiled for; those of an H100 SXM where there is no GPU."""
+    return getattr(jax.devices()[0], "core_count", None) or 132

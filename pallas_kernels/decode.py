@@ -71,8 +71,9 @@ def paged_attention(
     used = tile * group
     packed = q if tile == 1 else q[tiles.token].reshape(-1, tile, heads, head_dim).swapaxes(1, 2)
     packed = packed.reshape(-1, kv_heads, used, head_dim)
-    # A copy of 8 rows reads zeros past the end of `used` rows and writes nothing there; the interpreter cannot.
-    least = -(-used // 8) * 8 if interpret else max(used, 128 // head_dim)
+    # A copy of 8 rows reads zeros past the end of fewer and writes nothing there; more come by eights. The interpreter
+    # cannot read past an end.
+    least = -(-used // 8) * 8 if interpret or used > 8 else max(used, 128 // head_dim)
     if least > used:
         packed = jnp.pad(packed, ((0, 0), (0, 0), (0, least - used), (0, 0)))
     call = Call(

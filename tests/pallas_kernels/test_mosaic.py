@@ -15,7 +15,7 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
-from pallas_kernels import decode, mosaic, paged_attention, prefill
+from pallas_kernels import config, decode, mosaic, paged_attention, prefill
 from pallas_kernels.cases import CASES, HOPPER_CASES, TINY_CASES, make
 from pallas_kernels.config import KernelConfig, PrefillConfig, decode_config, prefill_config, with_sizes, without_sizes
 from tests.pallas_kernels.test_paged_attention import by_hand, error
@@ -90,11 +90,11 @@ def test_the_tolerance_rejects():
         assert worst(wrong, want) > 2 * TOLERANCE
 
 
-def lowered(case, dtype=jnp.bfloat16):
+def lowered(case, dtype=jnp.bfloat16, **more):
     """The call as a program for an H100, made without one."""
     arrays = [jax.ShapeDtypeStruct(a.shape, dtype if a.ndim > 2 else a.dtype) for a in arrays_of(case)]
     scale = case.head_dim**-0.5 if case.scale is None else case.scale
-    options = {**case.options, "scale": scale, "max_queries": case.max_queries}
+    options = {**case.options, "scale": scale, "max_queries": case.max_queries} | more
     call = jax.jit(functools.partial(mosaic.run, **options))
     h100 = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", platform="gpu", num_cores=None)
     with use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=h100)):
@@ -140,7 +140,7 @@ def test_asked_for_by_name_it_raises_where_it_cannot_run():
 
 def test_sizes_stand_in_the_name(monkeypatch):
     """Those named replace the measured best of a call; the others stay."""
-    sizes = {"kv_tile": 32, "prefill_stages": 4}
+    sizes = {"kv_tile": 128, "prefill_stages": 4}
     assert without_sizes(with_sizes("auto", **sizes)) == ("mosaic", sizes)
     assert without_sizes("xla") == ("xla", {})
     seen = []
@@ -168,7 +168,9 @@ def test_sizes_stand_in_the_name(monkeypatch):
 
 @pytest.mark.parametrize(("name", "message"), [
     ("mosaic(tile=64)", "unknown sizes tile; mosaic has kv_tile, stages, workers, num_sms, prefill_kv_tile"),
-    ("mosaic(kv_tile=60)", "kv_tile is 60"),
+    ("mosaic(kv_tile=96)", "kv_tile is 96, must be a multiple of 64, at most 256"),
+    ("mosaic(kv_tile=320)", "kv_tile is 320"),
+    ("mosaic(workers=3)", "workers is 3, must be at most 2"),
     ("mosaic(stages=0)", "stages is 0"),
     ("mosaic(prefill_kv_tile=96)", "kv_tile is 96, must be a multiple of 64"),
     ("mosaic(prefill_compute_registers=248)", r"compute_registers is 248, must be a multiple of 8 in 168\.\.240"),
@@ -179,3 +181,22 @@ def test_sizes_that_there_are_none_of_are_refused(name, message):
     arrays = arrays_of(HOPPER_CASES["decode-block-8"])
     with pytest.raises(ValueError, match=message):
         paged_attention(*map(jnp.asarray, arrays), implementation=name)
+
+
+@pytest.mark.parametrize(("case", "sizes"), [
+    ("decode", {"workers": 1, "kv_tile": 64, "stages": 6}),
+    ("decode-head-256", {"kv_tile": 64, "stages": 3}),
+    ("prefill-last-token", {"prefill_stages": 3}),
+])  # fmt: skip
+def test_sizes_that_shared_memory_cannot_hold_are_refused(case, sizes):
+    """When the program is lowered; one stage less is fine."""
+    fewer = {name: value - name.endswith("stages") for name, value in sizes.items()}
+    assert "mosaic_gpu" in lowered(HOPPER_CASES[case], sizes=fewer).as_text()
+    with pytest.raises(ValueError, match=r"(?i)shared memory"):
+        lowered(HOPPER_CASES[case], sizes=sizes)
+
+
+def test_as_many_programs_as_the_device_has_multiprocessors(monkeypatch):
+    monkeypatch.setattr(config, "multiprocessors", lambda: 114)
+    assert [decode_config(size, rows).num_sms for size in (64, 256) for rows in (1, 64)] == [114] * 4
+    assert [prefill_config(size).programs for size in (64, 256)] == [114] * 2

@@ -167,13 +167,13 @@ def test_every_size_of_a_kernel_can_be_swept(monkeypatch):
     monkeypatch.setitem(api.IMPLEMENTATIONS, "mosaic", spy)
     model = random_llama(dataclasses.replace(CONFIGS["tiny"], num_hidden_layers=1), jax.random.key(0))
     state = pax.start(model, *prompts((3, 2)), max_new_tokens=4)
-    asked = {"stages": 3, "kv_tile": [32, 64]}
+    asked = {"stages": 3, "kv_tile": [64, 128]}
     for case in cases(ModelRun, asked):
         jax.eval_shape(functools.partial(pax.step, budget=4, attention=case.run.attention), model, state)
-    assert seen == [{"stages": 3, "kv_tile": 32}, {"stages": 3, "kv_tile": 64}]
+    assert seen == [{"stages": 3, "kv_tile": 64}, {"stages": 3, "kv_tile": 128}]
     rows = [case.asked for case in cases(ModelRun, asked)]
     assert [(row["kv_tile"], row["attention"]) for row in rows] == [
-        (32, "mosaic(stages=3, kv_tile=32)"), (64, "mosaic(stages=3, kv_tile=64)"),
+        (64, "mosaic(stages=3, kv_tile=64)"), (128, "mosaic(stages=3, kv_tile=128)"),
     ]  # fmt: skip
     assert swept(rows) == ["kv_tile"]
 
@@ -194,7 +194,7 @@ def test_ways_are_ordered_as_they_must_be():
     (Salted(), {"salt": [1, 2]}, "Salted is no model: say with make="),
     (CHAIN, {"salt": [1, 2]}, "unknown options salt; ModelRun has"),
     (CHAIN, {"attention": ["auto", "xla"], "kv_tile": 64}, "kv_tile is a size of \"mosaic\"; attention 'xla' has none"),
-    (CHAIN, {"workers": 3}, "workers 3; they must be"),
+    (CHAIN, {"workers": 3}, "workers is 3, must be at most 2"),
     (LENGTHS, {"rows": 3, "kv_tile": 64}, "unknown options kv_tile, rows; PoolRun has way, block_size"),
     (LENGTHS, {"block_size": []}, "block_size is an empty list"),
     (LENGTHS, {"way": "static"}, "way 'static' is unknown"),
