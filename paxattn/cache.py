@@ -113,19 +113,16 @@ def extend(
       count: tokens that each row feeds: 0 idle, 1 decoding, more in prefill or when verifying a draft.
       budget: T, the static length of the token axis; the counts may sum to at most this.
       attention: name of the attention implementation, see `pallas_kernels.paged_attention`.
-      max_queries: tokens that a row feeds at most, where that is known beforehand: a hint to the attention, 1 by
-        default where the budget is a token a row.
+      max_queries: tokens that a row feeds at most, where that is known beforehand: a hint to the attention.
       shared: False promises that no block has two holders, so that nothing can need copying.
 
     Returns:
       The cache, the plan and a `Status`. Not OK: the same cache, bit for bit, and a plan that is all idle.
     """
-    over = jnp.sum(count) > budget
+    over = jnp.sum(jnp.clip(count, 0, budget + 1)) > budget  # whatever the sum of the counts wraps to
     table, copies, status = append(cache.table, jnp.where(over, 0, count))
     status = jnp.where(over, jnp.int32(Status.OVER_BUDGET), status)
     layers = _copy_blocks(cache.layers, copies, attention) if shared else cache.layers
-    if max_queries is None and budget == count.size:
-        max_queries = 1
     plan = _plan(table, jnp.where(status == Status.OK, count, 0), copies, budget)
     plan = dataclasses.replace(plan, attention=attention, max_queries=max_queries)
     return Cache(table, layers), plan, status

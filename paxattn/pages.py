@@ -38,6 +38,10 @@ class PageTable:
         ):
             if value < least:
                 raise ValueError(f"{name} is {value}, must be at least {least}.")
+        if jax.dtypes.canonicalize_dtype(jnp.int64) == jnp.int64:
+            raise ValueError(
+                "paxattn counts in int32: leave jax_enable_x64 off, or call under `jax.enable_x64(False)`."
+            )
         return PageTable(
             jnp.zeros((max_num_seqs, -(-max_model_len // block_size)), jnp.int32),
             jnp.zeros(max_num_seqs, jnp.int32),
@@ -92,7 +96,7 @@ def append(table: PageTable, count: Int32[Array, "B"]) -> tuple[PageTable, Copie
     end = table.length + count
     used, needed = table.pages_for(table.length), table.pages_for(end)
     tail = table.length // table.block_size
-    copy = _tail_must_be_copied(table, count)
+    copy = tails_to_copy(table, count)
 
     fresh = (page >= used[:, None]) & (page < needed[:, None])
     copied = copy[:, None] & (page == tail[:, None])
@@ -103,7 +107,7 @@ def append(table: PageTable, count: Int32[Array, "B"]) -> tuple[PageTable, Copie
     grown = PageTable(jnp.where(fresh | copied, ids, table.pages), end, release(blocks, source), table.block_size)
     status = first(
         (jnp.any(count < 0), Status.BAD_COUNT),
-        (jnp.any(end > table.capacity), Status.ROW_FULL),
+        (jnp.any(count > table.capacity - table.length), Status.ROW_FULL),  # whatever `end` wraps to
         (~enough, Status.OUT_OF_BLOCKS),
     )
     ok = status == Status.OK
@@ -116,7 +120,7 @@ def _block_at(pages: Int32[Array, "B P"], page: Int32[Array, "B"]) -> Int32[Arra
     return jnp.take_along_axis(pages, jnp.minimum(page, pages.shape[1] - 1)[:, None], axis=1)[:, 0]
 
 
-def _tail_must_be_copied(table: PageTable, count: Int32[Array, "B"]) -> Bool[Array, "B"]:
+def tails_to_copy(table: PageTable, count: Int32[Array, "B"]) -> Bool[Array, "B"]:
     """Rows about to write into a partly filled block that somebody else holds too."""
     writes = (count > 0) & (table.length % table.block_size != 0)
     tail = jnp.where(writes, _block_at(table.pages, table.length // table.block_size), NULL)

@@ -25,7 +25,7 @@ from paxattn.decoding.expand import NEVER, EarlyStopping, Hypotheses, Search, ex
 from paxattn.decoding.fan_out import prefill
 from paxattn.decoding.generate import MAX_NUM_BATCHED_TOKENS, prefill_budget, start
 from paxattn.decoding.model import Model
-from paxattn.decoding.step import Finish, Stats, feed
+from paxattn.decoding.step import Finish, Stats, feed, going
 from paxattn.typing import Array, Float32, Int32, struct
 
 
@@ -134,7 +134,8 @@ def begin(
     tokens = jnp.zeros((*places, rows.tokens.shape[1]), jnp.int32)
     none = [jnp.full(places, value) for value in (jnp.float32(NEVER), jnp.int32(0), jnp.int32(Finish.RUNNING))]
     ended = Hypotheses(tokens, tokens.astype(jnp.float32), *none)
-    return Search(rows, score, ended, jnp.asarray(length_penalty, jnp.float32), early_stopping)
+    # A buffer of its own: the search may be donated.
+    return Search(rows, score, ended, jnp.array(length_penalty, jnp.float32), early_stopping)
 
 
 def branch(model: Model, search: Search, *, budget: int, attention: str = "auto") -> Search:
@@ -148,14 +149,14 @@ def advance(
     model: Model, search: Search, *, steps: Int32[Array, ""] | int | None = None, attention: str = "auto"
 ) -> Search:
     """Runs until the search of every prompt has ended, or for `steps` more steps: one `lax.while_loop`."""
-    end = jnp.int32(2**31 - 1) if steps is None else search.rows.stats.steps + steps
+    more = going(search.rows, steps)
 
     def body(search):
         rows = search.rows
-        rows, newest = feed(model, rows, rows.pending, budget=rows.known.size, attention=attention)
+        rows, newest = feed(model, rows, rows.pending, budget=rows.known.size, attention=attention, max_queries=1)
         return expand(model, dataclasses.replace(search, rows=rows), newest)
 
-    return jax.lax.while_loop(lambda s: jnp.any(s.rows.running) & (s.rows.stats.steps < end), body, search)
+    return jax.lax.while_loop(lambda search: more(search.rows), body, search)
 
 
 def finish(search: Search, *, num_return_sequences: int, width: int) -> Beams:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from paxattn.cache import Cache, extend
-from paxattn.decoding.model import Model
+from paxattn.decoding.model import Model, logits_of
 from paxattn.decoding.sampling import DRAFT, draw, penalise, pick, scores, stream
 from paxattn.decoding.step import State, share
 from paxattn.decoding.vocabulary import size, whole
@@ -134,7 +134,7 @@ class DraftModel:
         def guess(drafting, i, budget=rows):
             cache, tokens = drafting
             cache, hidden = self._feed(cache, tokens, behind(cache) + jnp.where(state.running, i, 0), budget)
-            token, probability = _guess(self.model.logits(hidden), sampling, tokens, state.known + i)
+            token, probability = _guess(logits_of(self.model, hidden), sampling, tokens, state.known + i)
             tokens = tokens.at[jnp.arange(rows), state.known + i].set(token)
             return (cache, tokens), (token, probability)
 

@@ -34,7 +34,7 @@ class Eviction:
     """Which blocks a row gives back while it lives."""
 
     score: Score = static()
-    keep: int | None = static(default=None)  # pages a row holds at most, the one being filled included
+    keep: int | None = static(default=None)  # pages a row holds after a step at most, the one being filled included
 
     def __post_init__(self):
         if self.keep is not None and self.keep < 2:
@@ -125,9 +125,9 @@ class Forgetful:
         return self.model.logits(hidden)
 
 
-def turn(model: Model, state: State, *, evict: Eviction, budget: int, attention: str = "auto") -> State:
-    """One `paxattn.step`, then the eviction."""
-    return evicted(step(Forgetful(model), state, budget=budget, attention=attention), evict)
+def turn(model: Model, state: State, *, evict: Eviction, **options) -> State:
+    """One `paxattn.step` with these options, then the eviction."""
+    return evicted(step(Forgetful(model), state, **options), evict)
 
 
 def evicted(state: State, evict: Eviction) -> State:
@@ -146,8 +146,9 @@ def advance(
     attention: str = "auto",
 ) -> State:
     """`paxattn.advance` that evicts after every step, chunks of a prompt included."""
-
-    def turns(tokens):
-        return functools.partial(turn, model, evict=evict, budget=tokens, attention=attention)
-
-    return prompts_first(state, going(state, steps), feed=turns(budget), decode=turns(state.known.size))
+    turns = functools.partial(turn, model, evict=evict, attention=attention)
+    feed, decode = (
+        functools.partial(turns, budget=budget),
+        functools.partial(turns, budget=state.known.size, max_queries=1),
+    )
+    return prompts_first(state, going(state, steps), feed=feed, decode=decode)

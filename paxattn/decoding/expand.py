@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from paxattn.cache import Cache
-from paxattn.decoding.model import Model
+from paxattn.decoding.model import Model, logits_of
 from paxattn.decoding.step import Finish, State
 from paxattn.decoding.vocabulary import Scores, best, local, log_softmax, peak
 from paxattn.pages import fork
@@ -57,7 +57,7 @@ class Search:
 def expand(model: Model, search: Search, newest: Float[Array, "B E"]) -> Search:
     """One step of the search proper: candidates, hypotheses that end, beams that go on."""
     rows, (prompts, k) = search.rows, search.score.shape
-    logits = model.logits(newest)
+    logits = logits_of(model, newest)
     found = peak(logits)
     sick = jnp.isnan(found.top).reshape(prompts, k).any(axis=1)
     running = rows.running.reshape(prompts, k)[:, 0]  # the beams of a prompt begin and end together

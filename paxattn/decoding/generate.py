@@ -4,10 +4,11 @@
 
     start    checks, allocates an empty cache, puts the prompts on the token buffer
     fan_out  where a prompt has several rows: one feeds it, then they part (see fan_out.py)
-    advance  chunked prefill, then decode, in one lax.while_loop (see step.py)
+    advance  chunked prefill, then decode: a lax.while_loop each (see step.py)
     finish   the new tokens of each row, why it ended, counters, and the cache
 
-Wrap it in `jax.jit` as you like; streaming calls `advance` a few steps at a time.
+Wrap it in `jax.jit` as you like: called without, it compiles anew each time. Streaming calls `advance` a few steps at
+a time.
 """
 
 import dataclasses
@@ -71,7 +72,8 @@ def generate(
       model: see `paxattn.decoding.model.Model`.
       prompt_ids: one prompt a row, anything past its length.
       prompt_length: at least 1.
-      max_new_tokens: for all prompts, or one value a prompt. As a traced array it needs `max_model_len`.
+      max_new_tokens: for all prompts, or one value a prompt. As a traced array it needs `max_model_len`, at which a row
+        ends whatever the values are.
       num_return_sequences: rows a prompt, static. The prompt is fed once and shared by its rows; row j of a prompt
         samples with a key of its own, see `sample_keys`.
       max_model_len: tokens that a row can hold, prompt included; static. Widest prompt + new tokens by default.
@@ -98,7 +100,7 @@ def generate(
     )
     budget = prefill_budget(prompt_ids.shape, max_num_batched_tokens)
     if num_return_sequences > 1:
-        state = fan_out(model, state, group=num_return_sequences, budget=budget, attention=attention)
+        state = fan_out(model, state, group=num_return_sequences, budget=budget, attention=attention, evict=evict)
     width = state.tokens.shape[1] - 1 if is_traced(max_new_tokens) else int(np.max(max_new_tokens))
     run = functools.partial(advance, shared=num_return_sequences > 1)
     run = run if evict is None else functools.partial(eviction.advance, evict=evict)
@@ -135,7 +137,7 @@ def start(
       trace: record the block counts of so many steps; see `paxattn.sharing`.
       **sampling: see `Sampling.create`.
     """
-    prompts, width = prompt_ids.shape
+    prompts, width = _sizes(prompt_ids, prompt_length)
     if max_model_len is None:
         if is_traced(max_new_tokens):
             raise ValueError("max_new_tokens is traced, so it cannot size the page table: pass max_model_len.")
@@ -170,7 +172,7 @@ def start(
         line=jnp.arange(prompts * num_return_sequences),
         known=jnp.array(rows(prompt_length)),
         prompt_length=rows(prompt_length),
-        limit=rows(prompt_length + jnp.asarray(max_new_tokens, jnp.int32)),
+        limit=rows(jnp.minimum(prompt_length + jnp.asarray(max_new_tokens, jnp.int32), max_model_len)),
         finish=jnp.full(prompts * num_return_sequences, jnp.int32(Finish.RUNNING)),
         eos=end_ids(eos_token_id),
         sampling=knobs,
@@ -232,6 +234,16 @@ def is_traced(value) -> bool:
     return isinstance(value, jax.core.Tracer)
 
 
+def _sizes(prompt_ids, prompt_length) -> tuple[int, int]:
+    """B and W."""
+    if prompt_ids.ndim != 2 or np.shape(prompt_length) != prompt_ids.shape[:1]:
+        raise ValueError(
+            f"prompt_ids has shape {prompt_ids.shape} and prompt_length {np.shape(prompt_length)}; they must be [B, W] "
+            "and [B]."
+        )
+    return prompt_ids.shape
+
+
 def check_prompts(
     model, prompt_ids, prompt_length, max_new_tokens, max_model_len, block_size, num_blocks, sampling
 ) -> None:
@@ -246,7 +258,7 @@ def check_prompts(
             where = f" in row {int(np.argmax(bad))}" if values.size > 1 else ""
             raise ValueError(f"{name} is {values[bad][0]}{where}; {limit}")
 
-    rows, width = prompt_ids.shape
+    rows, width = _sizes(prompt_ids, prompt_length)
     if rows == 0 or width == 0:
         raise ValueError(f"prompt_ids has shape {prompt_ids.shape}; at least one prompt of one token is needed.")
     require(block_size, "block_size", lambda x: x >= 1, "it must be at least 1 token.")

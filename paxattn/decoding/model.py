@@ -7,6 +7,9 @@ The library knows no network. A toy of ten lines serves as well as a Llama (see 
 
 from typing import Protocol
 
+import jax
+import jax.numpy as jnp
+
 from paxattn.cache import KV, CacheSpec, Plan
 from paxattn.decoding.vocabulary import Scores
 from paxattn.typing import Array, Float, Int32
@@ -34,3 +37,8 @@ class Model(Protocol):
     def logits(self, hidden: Float[Array, "n E"]) -> Scores:
         """Scores of the next token for any selection of hidden states: [n, V], or a `Slice` of it on a mesh."""
         ...
+
+
+def logits_of(model: Model, hidden: Float[Array, "n E"]) -> Scores:
+    """The model's logits as float32, in which everything about tokens is decided, whatever it computes in."""
+    return jax.tree.map(lambda values: values.astype(jnp.float32), model.logits(hidden))

@@ -45,6 +45,10 @@ class Sampling:
     ) -> "Sampling":
         """Numbers or [B] arrays for each knob; one key (folded with the row number) or one a row."""
         key = jax.random.key(0) if key is None else key
+        if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.shape not in ((), (num_rows,)):
+            raise ValueError(
+                f"key is {key.dtype}{list(key.shape)}; give one of `jax.random.key(seed)`, or {num_rows}, one a row."
+            )
         keys = key if key.ndim else jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(num_rows))
 
         def per_row(value, dtype):

@@ -19,11 +19,11 @@ import numpy as np
 from paxattn.cache import Cache, extend
 from paxattn.decoding.drafters import Draft, Drafter
 from paxattn.decoding.generate import MAX_NUM_BATCHED_TOKENS, Generation, finish, is_traced, prefill_budget, start
-from paxattn.decoding.model import Model
+from paxattn.decoding.model import Model, logits_of
 from paxattn.decoding.rejection import check_vocabulary, take
 from paxattn.decoding.sampling import logprob
-from paxattn.decoding.step import Finish, State, going, prompts_first, step
-from paxattn.pages import PageTable, truncate
+from paxattn.decoding.step import Finish, State, extended, going, prompts_first, step
+from paxattn.pages import PageTable, tails_to_copy, truncate
 from paxattn.status import Status
 from paxattn.typing import Array, Bool, Int32, struct
 
@@ -78,7 +78,7 @@ def speculate(
       num_speculative_tokens: k, tokens guessed a step at most. Static.
       max_num_batched_tokens: tokens a prefill step feeds at most. Static.
       attention: implementation of paged attention, by name.
-      **options: what `start` takes.
+      **options: what `start` takes, but for num_return_sequences: a prompt is answered once.
 
     Returns:
       The `Generation`, greedy tokens equal to those of `generate`, and what was guessed. A full pool shortens guesses
@@ -87,6 +87,8 @@ def speculate(
     Raises:
       ValueError: arguments that can be seen to be wrong before anything runs.
     """
+    if (sequences := options.get("num_return_sequences", 1)) != 1:
+        raise ValueError(f"num_return_sequences is {sequences}; speculation answers a prompt once, leave it out.")
     state = start(model, prompt_ids, prompt_length, max_new_tokens=max_new_tokens, **options)
     state = begin(drafter, state, k=num_speculative_tokens)
     budget = prefill_budget(prompt_ids.shape, max_num_batched_tokens)
@@ -152,7 +154,7 @@ def verify(model: Model, state: Speculation, draft: Draft, *, attention: str = "
     tokens = _put(state.tokens, at, guess, real)
     hidden, layers = model(jnp.where(plan.live, tokens[plan.row, plan.position], 0), plan, cache.layers)
     fed = plan.query_start[:-1, None] + jnp.minimum(place, jnp.maximum(count[:, None] - 1, 0))
-    logits = model.logits(hidden[jnp.minimum(fed, rows * (k + 1) - 1).ravel()])
+    logits = logits_of(model, hidden[jnp.minimum(fed, rows * (k + 1) - 1).ravel()])
     taken = take(logits, state.sampling, tokens, at, guess, real, draft.probability)
     logprobs = logprob(logits, taken.ravel()).reshape(rows, k + 1)
     finite = ~jnp.isnan(logprobs)
@@ -167,21 +169,19 @@ def verify(model: Model, state: Speculation, draft: Draft, *, attention: str = "
     ended = jnp.where((kept & ends).any(axis=1), Finish.STOP, ended)
     sick = (due & ~kept).any(axis=1)
     ended = jnp.where(sick & (count == 1), Finish.NOT_FINITE, ended)
-    ended = jnp.where(picks, ended, jnp.where(status == Status.OK, state.finish, Finish.OUT_OF_BLOCKS))
-    ended = jnp.where(state.running, ended, state.finish).astype(jnp.int32)
+    counted = extended(state, cache.table, count, plan, status)
     after = dataclasses.replace(
-        state,
+        counted,
         tokens=_put(state.tokens, at, taken, kept),
         logprobs=_put(state.logprobs, at, logprobs, kept),
         known=known,
-        finish=ended,
+        finish=jnp.where(picks & state.running, ended, counted.finish).astype(jnp.int32),
         wary=sick & (count > 1),
-        status=jnp.where(state.status == Status.OK, status, state.status),
     )
     table = truncate(cache.table, jnp.where(after.running, after.known - 1, 0))
     after = dataclasses.replace(after, cache=Cache(table, layers))
     accepted = (kept & agrees).sum(axis=1, dtype=jnp.int32)
-    return _counted(state, after, cache.table, accepted=accepted, copied=plan.copies.count)
+    return _counted(state, after, cache.table, accepted)
 
 
 def _put(buffer, at, values, where):
@@ -199,32 +199,23 @@ def _counts(state: Speculation, guessed: Int32[Array, "B"], k: int) -> Int32[Arr
     """Tokens that each row feeds: its last and as much of its guess as its limit and the pool allow.
 
     A row may run ahead only as far as the pool would hold all running rows there: so a fast row never takes
-    the block with which a slow one would have gone on in plain decoding, where they move together.
+    the block with which a slow one would have gone on in plain decoding, where they move together. Shared tails are
+    copied before any guess is.
     """
     table, limit = state.cache.table, state.limit
     ahead = (state.known - state.origin)[:, None] + 1 + jnp.arange(k + 1)
     end = jnp.minimum(state.origin + ahead[..., None], limit) - 1  # what all rows would have cached: [B, k + 1, B]
     fresh = jnp.maximum(table.pages_for(end) - table.pages_for(table.length), 0)
-    fits = jnp.sum(jnp.where(state.running, fresh, 0), axis=-1) <= table.blocks.num_free
+    copies = jnp.sum(tails_to_copy(table, state.running.astype(jnp.int32)))
+    fits = jnp.sum(jnp.where(state.running, fresh, 0), axis=-1) + copies <= table.blocks.num_free
     count = jnp.minimum(jnp.minimum(1 + guessed, limit - state.known), fits.sum(axis=-1, dtype=jnp.int32))
     count = jnp.where(jnp.any(state.running & (count > 0)), count, 1)  # no row can move: `extend` says so
     return jnp.where(state.running, count, 0)
 
 
-def _counted(before: Speculation, after: Speculation, reserved: PageTable, *, accepted, copied) -> Speculation:
-    """Counts a verify step; `reserved` is the page table between `extend` and `truncate`."""
-    table, was = after.cache.table, before.cache.table
-    held, fed = reserved.blocks.num_used, reserved.length - was.length
-    pages = reserved.pages_for(reserved.length)
-    stats = dataclasses.replace(
-        before.stats,
-        steps=before.stats.steps + 1,
-        tokens_fed=before.stats.tokens_fed + jnp.sum(fed),
-        blocks_allocated=before.stats.blocks_allocated + held - was.blocks.num_used,
-        blocks_freed=before.stats.blocks_freed + held - table.blocks.num_used,
-        blocks_copied=before.stats.blocks_copied + copied,
-        blocks_peak=jnp.maximum(before.stats.blocks_peak, held),
-    )
+def _counted(before: Speculation, after: Speculation, reserved: PageTable, accepted: Int32[Array, "B"]) -> Speculation:
+    """Counts what a verify step guessed and rolled back; `reserved` is the table between `extend` and `truncate`."""
+    fed, pages = reserved.length - before.cache.table.length, reserved.pages_for(reserved.length)
     plain = before.known  # what the row would have cached after a step of plain decoding
     new = Tally(
         steps=jnp.minimum(fed, 1),
@@ -234,4 +225,5 @@ def _counted(before: Speculation, after: Speculation, reserved: PageTable, *, ac
         blocks_reserved=jnp.where(fed > 0, pages - reserved.pages_for(plain), 0),
         blocks_rolled_back=jnp.where(fed > 0, pages - reserved.pages_for(jnp.maximum(after.known - 1, plain)), 0),
     )
+    stats = after.stats.freed(reserved, after.cache.table)
     return dataclasses.replace(after, stats=stats, tally=jax.tree.map(jnp.add, before.tally, new))

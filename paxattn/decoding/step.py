@@ -9,13 +9,14 @@ A row whose pending tokens are all fed picks its next token; a finished row give
 
 import dataclasses
 import enum
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from paxattn.cache import Cache, extend
-from paxattn.decoding.model import Model
+from paxattn.cache import Cache, Plan, extend
+from paxattn.decoding.model import Model, logits_of
 from paxattn.decoding.sampling import Sampling, pick
 from paxattn.pages import PageTable, free
 from paxattn.sharing import Sharing, record, sharing
@@ -32,6 +33,7 @@ class Finish(enum.IntEnum):
     OUT_OF_BLOCKS = 3
     NOT_FINITE = 4  # NaN in the row's logits
     CANCELLED = 5  # nobody waits for it any more
+    INVALID = 6  # a step was given counts that it could not feed: the status says why
 
     @property
     def label(self) -> str:
@@ -166,40 +168,45 @@ def feed[S: State](
 ) -> tuple[S, Float[Array, "B E"]]:
     """Feeds `count[b]` pending tokens of each row: paging, the model, the counters; picks nothing.
 
-    When blocks run out nothing is fed, and the rows still running end as OUT_OF_BLOCKS with what they have.
+    Where the counts cannot be fed nothing is, and rows end with what they have: all that run as OUT_OF_BLOCKS, or as
+    INVALID where the counts themselves are wrong; those that are full, and no others, as LENGTH.
 
     Returns:
       The state, and the hidden state of each row's newest token (of some other token where count is 0).
     """
-    before, stats = state.cache.table.blocks.num_used, state.stats
     promised = {"max_queries": max_queries, "shared": shared}
     cache, plan, status = extend(state.cache, count, budget=budget, attention=attention, **promised)
     tokens = jnp.where(plan.live, state.tokens[state.line[plan.row], plan.position], 0)
     hidden, layers = model(tokens, plan, cache.layers)
-    now, copied = sharing(cache.table), plan.copies.count
-    trace = None if state.trace is None else record(state.trace, stats.steps, now, copied)
-    stuck = state.running & (status != Status.OK)
-    stats = dataclasses.replace(
-        stats,
-        steps=stats.steps + 1,
-        prefill_steps=stats.prefill_steps + jnp.any(state.pending > 1),
-        tokens_fed=stats.tokens_fed + plan.query_start[-1],
-        blocks_allocated=stats.blocks_allocated + now.held - before,
-        blocks_copied=stats.blocks_copied + copied,
-        blocks_peak=jnp.maximum(stats.blocks_peak, now.held),
-        block_steps_held=stats.block_steps_held + now.held,
-        block_steps_shared=stats.block_steps_shared + now.shared,
-        block_steps_unshared=stats.block_steps_unshared + now.unshared,
-    )
-    fed = dataclasses.replace(
-        state,
-        cache=Cache(cache.table, layers),
-        finish=jnp.where(stuck, jnp.int32(Finish.OUT_OF_BLOCKS), state.finish),
-        status=jnp.where(state.status == Status.OK, status, state.status),
-        stats=stats,
-        trace=trace,
-    )
+    fed = dataclasses.replace(extended(state, cache.table, count, plan, status), cache=Cache(cache.table, layers))
     return fed, hidden[plan.last]
+
+
+def extended[S: State](state: S, table: PageTable, count: Int32[Array, "B"], plan: Plan, status: Int32[Array, ""]) -> S:
+    """The state after `extend` gave this table, plan and status: all that is counted, and rows that end by it."""
+    stats, now, copied = state.stats, sharing(table), plan.copies.count
+    full = count > state.cache.table.capacity - state.cache.table.length
+    reason = jnp.where(status == Status.OUT_OF_BLOCKS, Finish.OUT_OF_BLOCKS, Finish.INVALID)
+    reason = jnp.where(status == Status.ROW_FULL, jnp.where(full, Finish.LENGTH, Finish.RUNNING), reason)
+    stuck = state.running & (status != Status.OK)
+    return dataclasses.replace(
+        state,
+        finish=jnp.where(stuck, reason, state.finish).astype(jnp.int32),
+        status=jnp.where(state.status == Status.OK, status, state.status),
+        stats=dataclasses.replace(
+            stats,
+            steps=stats.steps + 1,
+            prefill_steps=stats.prefill_steps + jnp.any(state.pending > 1),
+            tokens_fed=stats.tokens_fed + plan.query_start[-1],
+            blocks_allocated=stats.blocks_allocated + now.held - state.cache.table.blocks.num_used,
+            blocks_copied=stats.blocks_copied + copied,
+            blocks_peak=jnp.maximum(stats.blocks_peak, now.held),
+            block_steps_held=stats.block_steps_held + now.held,
+            block_steps_shared=stats.block_steps_shared + now.shared,
+            block_steps_unshared=stats.block_steps_unshared + now.unshared,
+        ),
+        trace=None if state.trace is None else record(state.trace, stats.steps, now, copied),
+    )
 
 
 def settle[S: State](
@@ -235,11 +242,10 @@ def _pick(model, state, newest, picks, most, greedy):
     """Of all rows; where fewer can pick than there are, of those alone, as scores cost a pass over the vocabulary."""
     rows = state.known.size
     if most is None or most >= rows:
-        logits = model.logits(newest)
-        return pick(logits, state.sampling, state.tokens, state.known, state.line, greedy=greedy)
+        return pick(logits_of(model, newest), state.sampling, state.tokens, state.known, state.line, greedy=greedy)
     of = jnp.nonzero(picks, size=most, fill_value=rows)[0]
     sampling, newest, known, line = jax.tree.map(lambda x: x[of], (state.sampling, newest, state.known, state.line))
-    found = pick(model.logits(newest), sampling, state.tokens, known, line, greedy=greedy)
+    found = pick(logits_of(model, newest), sampling, state.tokens, known, line, greedy=greedy)
     return jax.tree.map(lambda x: jnp.zeros(rows, x.dtype).at[of].set(x, mode="drop"), found)
 
 
@@ -275,24 +281,26 @@ def advance[S: State](
     host, the plain case (greedy, nothing shared) has a loop of its own that asks one a step: whether to go on.
     `shared=False` promises that no block has two holders: a state as `start` gives it then has no other case.
     """
-    rows, more = state.known.size, going(state, steps)
+    more = going(state, steps)
 
-    def turn(tokens, shared=shared, greedy=False):
-        return lambda s: step(model, s, budget=tokens, attention=attention, shared=shared, greedy=greedy)
+    def turn(tokens, most=None, shared=shared, greedy=False):
+        promised = {"max_queries": most, "shared": shared, "greedy": greedy}
+        return lambda s: step(model, s, budget=tokens, attention=attention, **promised)
+
+    decode = functools.partial(turn, state.known.size, 1)
 
     def either(state):
-        plain = turn(rows, shared=False, greedy=True)
-        state = jax.lax.while_loop(lambda s: more(s) & s.is_plain, plain, state)
-        return jax.lax.while_loop(lambda s: more(s) & ~s.is_plain, turn(rows), state)
+        state = jax.lax.while_loop(lambda s: more(s) & s.is_plain, decode(shared=False, greedy=True), state)
+        return jax.lax.while_loop(lambda s: more(s) & ~s.is_plain, decode(), state)
 
     one_case = not questions_wait() or (state.sampling is None and not shared)
-    return prompts_first(state, more, feed=turn(budget), decode=turn(rows) if one_case else either)
+    return prompts_first(state, more, feed=turn(budget), decode=decode() if one_case else either)
 
 
 def going(state: State, steps: Int32[Array, ""] | int | None) -> Callable[[State], Bool[Array, ""]]:
     """The question whether a batch goes on: a row wants tokens, and it has taken fewer than `steps` steps from here."""
-    end = jnp.int32(2**31 - 1) if steps is None else state.stats.steps + steps
-    return lambda s: jnp.any(s.running) & (s.stats.steps < end)
+    begun, most = state.stats.steps, 2**31 - 1 if steps is None else steps
+    return lambda s: jnp.any(s.running) & (s.stats.steps - begun < most)
 
 
 def prompts_first[S: State](
