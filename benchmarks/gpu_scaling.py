@@ -95,7 +95,7 @@ class Decode:
         """(model, state) -> the state `new` steps on."""
 
         def loop(model, state):
-            step = functools.partial(pax.step, model, budget=state.known.size, attention=self.attention)
+            step = functools.partial(pax.step, model, budget=state.known.size, attention=self.attention, max_queries=1)
             more = lambda s: jnp.any(s.running) & (s.stats.steps < self.new) & s.is_plain  # noqa: E731
             return jax.lax.while_loop(more, lambda s: step(s, shared=False, greedy=True), state)
 

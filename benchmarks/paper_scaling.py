@@ -57,7 +57,7 @@ def compiled(config: LlamaConfig, devices: int, rows: int, context: int):
         return pax.start(model, ids, length, max_new_tokens=context - 1)
 
     def step(model, state):
-        return pax.step(model, state, budget=rows, shared=False, greedy=True)
+        return pax.step(model, state, budget=rows, shared=False, greedy=True, max_queries=1)
 
     def at(spec, x):
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))

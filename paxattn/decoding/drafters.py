@@ -131,14 +131,15 @@ class DraftModel:
         # A guess that held in full leaves two tokens unread: its last and the target's own.
         cache = jax.lax.while_loop(lambda cache: jnp.any(behind(cache) > 2), read, carry)
 
-        def guess(drafting, i, budget=rows):
+        def guess(drafting, i, most=1):
             cache, tokens = drafting
-            cache, hidden = self._feed(cache, tokens, behind(cache) + jnp.where(state.running, i, 0), budget)
+            count = behind(cache) + jnp.where(state.running, i, 0)
+            cache, hidden = self._feed(cache, tokens, count, most * rows, most)
             token, probability = _guess(logits_of(self.model, hidden), sampling, tokens, state.known + i)
             tokens = tokens.at[jnp.arange(rows), state.known + i].set(token)
             return (cache, tokens), (token, probability)
 
-        drafting, first = guess((cache, tokens), 0, budget=2 * rows)
+        drafting, first = guess((cache, tokens), 0, most=2)
         (cache, _), rest = jax.lax.scan(guess, drafting, jnp.arange(1, k))
         token, probability = jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]).swapaxes(0, 1), first, rest)
         return Draft(token, jnp.full(rows, k, jnp.int32), probability), cache
@@ -147,9 +148,9 @@ class DraftModel:
         """What it read of rejected tokens goes back at once, and all of a finished row."""
         return Cache(truncate(carry.table, jnp.where(state.running, state.known - 1, 0)), carry.layers)
 
-    def _feed(self, cache, tokens, count, budget):
-        """One step; hidden states of the newest token of each row."""
-        cache, plan, _ = extend(cache, count, budget=budget, attention=self.attention)
+    def _feed(self, cache, tokens, count, budget, most=None):
+        """One step of at most `most` tokens a row; hidden states of the newest token of each row."""
+        cache, plan, _ = extend(cache, count, budget=budget, attention=self.attention, max_queries=most)
         fed = jnp.where(plan.live, tokens[plan.row, plan.position], 0)
         hidden, layers = self.model(fed, plan, cache.layers)
         return Cache(cache.table, layers), hidden[plan.last]

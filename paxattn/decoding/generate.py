@@ -236,6 +236,8 @@ def is_traced(value) -> bool:
 
 def _sizes(prompt_ids, prompt_length) -> tuple[int, int]:
     """B and W."""
+    if 0 in prompt_ids.shape:
+        raise ValueError(f"prompt_ids has shape {prompt_ids.shape}; at least one prompt of one token is needed.")
     if prompt_ids.ndim != 2 or np.shape(prompt_length) != prompt_ids.shape[:1]:
         raise ValueError(
             f"prompt_ids has shape {prompt_ids.shape} and prompt_length {np.shape(prompt_length)}; they must be [B, W] "
@@ -258,9 +260,7 @@ def check_prompts(
             where = f" in row {int(np.argmax(bad))}" if values.size > 1 else ""
             raise ValueError(f"{name} is {values[bad][0]}{where}; {limit}")
 
-    rows, width = _sizes(prompt_ids, prompt_length)
-    if rows == 0 or width == 0:
-        raise ValueError(f"prompt_ids has shape {prompt_ids.shape}; at least one prompt of one token is needed.")
+    _, width = _sizes(prompt_ids, prompt_length)
     require(block_size, "block_size", lambda x: x >= 1, "it must be at least 1 token.")
     require(num_blocks, "num_blocks", lambda x: x >= 2, "it must be at least 2, as block 0 is never handed out.")
     require(prompt_length, "prompt_length", lambda x: x >= 1, "a prompt cannot be empty; give at least one token.")

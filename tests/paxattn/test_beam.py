@@ -99,7 +99,8 @@ def test_a_wide_search_is_brute_force(penalty):
     (got,) = sequences(found)
     assert len(got) == len(listed)
     assert [t for t, _ in got] == sorted(listed, key=lambda tokens: -score[tokens])
-    np.testing.assert_allclose([s for _, s in got], [score[t] for t, _ in got], atol=1e-5)
+    # Programs of other shapes add in another order: 7e-6 of a score apart on one kind of CPU, 3e-6 on another.
+    np.testing.assert_allclose([s for _, s in got], [score[t] for t, _ in got], rtol=1e-5, atol=1e-5)
 
 
 class Markov:
