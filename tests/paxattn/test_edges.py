@@ -58,11 +58,14 @@ def test_a_step_that_cannot_be_fed_says_why():
     assert int(wrong.status) == pax.Status.OVER_BUDGET
     assert [pax.Finish(int(f)).label for f in wrong.finish] == ["invalid"] * 2
 
-    state = dataclasses.replace(state, limit=jnp.array([99, 7]))  # a row holds 12
-    state = pax.advance(CHAIN, state, budget=9)
+    ids, length = prompts((9, 1))
+    state = pax.start(CHAIN, ids, length, max_new_tokens=4, block_size=4)
+    state = dataclasses.replace(state, limit=jnp.array([99, 12]))  # a row holds 16
+    state = pax.advance(CHAIN, state, budget=10)
     assert int(state.status) == pax.Status.ROW_FULL
     assert [pax.Finish(int(f)).label for f in state.finish] == ["length"] * 2
-    assert state.known.tolist() == [13, 7]
+    assert state.known.tolist() == [17, 12]
+    assert state.tokens[1, 1:12].tolist() == CHAIN.answer(ids[1, :1], 11)
     assert int(state.cache.table.blocks.num_used) == 0
 
 
