@@ -136,6 +136,7 @@ MUTANTS = (
     Mutant("ablate: sizes do not reach the kernel", "pallas_kernels/api.py", '**({"sizes": sizes} if sizes else {}),', "", ABLATE + "::test_every_size_of_a_kernel_can_be_swept"),
     Mutant("ablate: sizes are one attention to a traced layer", "paxattn/ablation/cases.py", "attention=with_sizes(run.attention, **sizes)", 'attention="mosaic"', ABLATE + "::test_every_size_of_a_kernel_can_be_swept"),
     Mutant("ablate: another config is the same model", "paxattn/ablation/sweep.py", '"" if config is None else repr(config)', '""', ABLATE + "::test_a_config_that_changes_no_array_is_another_model"),
+    Mutant("ablate: digests are numbers", "paxattn/ablation/table.py", "cell if name in TEXT and cell else _parsed(cell)", "_parsed(cell)", ABLATE + "::test_digests_stay_text"),
     Mutant("the decode kernel forgets its sizes", "pallas_kernels/mosaic.py", "resized(decode_config(q.shape[2], pages.shape[0]), sizes)", "decode_config(q.shape[2], pages.shape[0])", "tests/pallas_kernels/test_mosaic.py::test_sizes_stand_in_the_name"),
     Mutant("the prefill kernel forgets its sizes", "pallas_kernels/mosaic.py", "resized(prefill_config(q.shape[2]), sizes)", "prefill_config(q.shape[2])", "tests/pallas_kernels/test_mosaic.py::test_sizes_stand_in_the_name"),
     Mutant("sizes of both kernels are one", "pallas_kernels/config.py", "name: sizes[size] for name, size in named.items() if size in sizes", "name: sizes[name] for name, size in named.items() if name in sizes", "tests/pallas_kernels/test_mosaic.py::test_sizes_stand_in_the_name"),

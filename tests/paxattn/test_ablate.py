@@ -18,6 +18,7 @@ from paxattn.ablation.cases import cases, label, swept
 from paxattn.ablation.plot import plot
 from paxattn.ablation.pool import PoolRun
 from paxattn.ablation.runs import ModelRun, live_slots
+from paxattn.ablation.table import Table, read
 from tests.toys import HEADS, Chain, Toy, prompts
 
 TOY, CHAIN = Toy.create(), Chain(jnp.int32(7))
@@ -105,6 +106,15 @@ def test_a_file_is_taken_up_where_it_stopped(monkeypatch, tmp_path, suffix):
     pax.ablate(LENGTHS[:, 1:], block_size=16, save=path, **POOL)
     assert len(asked) == 5, "another trace is another subject"
     assert rows == pax.ablate(LENGTHS, block_size=[1, 16, 32], save=path, **POOL)
+
+
+@pytest.mark.parametrize("digits", ["12345678901e3456", "1234567890123456", "00000000000000_1"])
+def test_digests_stay_text(tmp_path, digits):
+    row = {"subject": digits, "tokens_sha256": digits, "steps": 3, "wasted": 1e-9, "num_blocks": None, "exact": True}
+    table = Table(tmp_path / "rows.csv")
+    table.put(row, row)
+    table.write()
+    assert read(tmp_path / "rows.csv") == [row]
 
 
 def test_every_field_of_a_pool_can_be_swept():
@@ -211,12 +221,15 @@ def test_wrong_questions_are_refused(subject, options, message):
         pax.ablate(subject, **options)
 
 
-@pytest.mark.parametrize("text", ["{", '{"rows": []}', "[1]"])
-def test_a_file_of_another_form_is_refused(tmp_path, text):
-    (tmp_path / "rows.json").write_text(text)
-    with pytest.raises(ValueError, match=r"rows\.json"):
-        pax.ablate(LENGTHS, save=tmp_path / "rows.json", **POOL)
-    assert (tmp_path / "rows.json").read_text() == text
+@pytest.mark.parametrize(("name", "text"), [
+    ("rows.json", "{"), ("rows.json", '{"rows": []}'), ("rows.json", "[1]"),
+    ("rows.csv", "a,b\n1,2\n3\n"), ("rows.csv", "a,b\n1,2,3\n"), ("rows.csv", "a\n" + "1" * 200_000),
+])  # fmt: skip
+def test_a_file_of_another_form_is_refused(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=name):
+        pax.ablate(LENGTHS, save=tmp_path / name, **POOL)
+    assert (tmp_path / name).read_text() == text
 
 
 def test_a_plot_has_a_panel_a_figure_and_a_line_a_series(tmp_path):
