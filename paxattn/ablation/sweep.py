@@ -23,6 +23,7 @@ import numpy as np
 
 from paxattn.ablation import pool, runs
 from paxattn.ablation.cases import Case, cases, names
+from paxattn.ablation.checks import check_count
 from paxattn.ablation.pool import PoolRun
 from paxattn.ablation.runs import ModelRun
 from paxattn.ablation.table import Table
@@ -69,15 +70,21 @@ def ablate(
       A row a combination, in the order of the product: its fields, and what was measured.
 
     Raises:
-      ValueError: unknown fields, values that no run can have, or a file of another form.
+      ValueError: unknown fields, values that no run can have, combinations that a row could not tell apart, or a file
+        of another form; before anything is measured.
       TokensDifferError: see `exact`; the rows are saved before.
     """
     from tqdm.auto import tqdm  # the rest of paxattn does without
 
-    is_model = make is not None or hasattr(subject, "cache_spec")
-    if dataclasses.is_dataclass(subject) and not is_model:
-        raise ValueError(f"{type(subject).__name__} is no model: say with make=... what makes one of it.")
-    todo = list(cases(ModelRun if is_model else PoolRun, options, None if make is None else subject))
+    check_count("repeats", repeats)
+    check_count("threads", threads)
+    if query_heads is not None:
+        check_count("query_heads", query_heads)
+    todo = _todo(subject, make, options)
+    if query_heads is not None and isinstance(todo[0].run, PoolRun):
+        raise ValueError(f"query_heads is {query_heads}, but lengths have no attention to time: leave it out.")
+    if save is not None and any("<lambda>" in case.asked.values() for case in todo):
+        raise ValueError("rows of a file are found by the names of functions, a lambda has none: write it with def.")
     table, known = Table(None if save is None else Path(save)), {}
 
     def rows() -> list[dict[str, Any]]:
@@ -105,6 +112,17 @@ def ablate(
         named = ", ".join(str({name: row[name] for name in sorted(UNOBSERVABLE)}) for row in different)
         raise TokensDifferError(f"{len(different)} of {len(done)} combinations gave other tokens: {named}")
     return done
+
+
+def _todo(subject, make, options) -> list[Case]:
+    """All combinations; lengths fit the pool of each."""
+    is_model = make is not None or hasattr(subject, "cache_spec")
+    if dataclasses.is_dataclass(subject) and not is_model:
+        raise ValueError(f"{type(subject).__name__} is no model: say with make=... what makes one of it.")
+    todo = list(cases(ModelRun if is_model else PoolRun, options, None if make is None else subject))
+    for case in () if is_model else todo:
+        pool.check_lengths(subject, case.run)
+    return todo
 
 
 def _measured(member, todo, repeats, query_heads, threads) -> Iterator[tuple[Case, dict[str, Any]]]:

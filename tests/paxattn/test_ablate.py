@@ -117,6 +117,15 @@ def test_digests_stay_text(tmp_path, digits):
     assert read(tmp_path / "rows.csv") == [row]
 
 
+def test_numbers_of_numpy_are_plain():
+    options = {"block_size": np.array([4, 8]), "max_num_seqs": [np.int64(3)], "watermark": np.float32(0.25)}
+    options |= {"pool_tokens": jnp.int32(512), "way": np.array("oracle")}
+    rows = [case.asked for case in cases(PoolRun, options)]
+    assert [[(type(row[name]), row[name]) for name in options] for row in rows] == [
+        [(int, size), (int, 3), (float, 0.25), (int, 512), (str, "oracle")] for size in (4, 8)]  # fmt: skip
+    assert label(PoolRun(watermark=np.float64(0.5)))["watermark"].__class__ is float
+
+
 def test_every_field_of_a_pool_can_be_swept():
     from paxattn.serving.policy import first_come, shortest_prompt
 
@@ -215,10 +224,41 @@ def test_ways_are_ordered_as_they_must_be():
     (CHAIN, {"max_new_tokens": 1}, "max_new_tokens is 1"),
     (CHAIN, {"num_beams": 2, "temperature": 0.5}, "beams are neither"),
     (LENGTHS, {"save": "rows.txt"}, "must end in .json or .csv"),
+    (LENGTHS, {"admit": [lambda queue: queue.ticket, lambda queue: -queue.ticket]}, "are both called admit=<lambda>"),
+    (LENGTHS, {"keep": lambda queue: queue.ticket, "save": "rows.json"}, "a lambda has none"),
+    (CHAIN, {"block_size": [4, 8, 4], "rows": 3}, "are both called block_size=4, rows=3: give each value once"),
+    (CHAIN, {"block_size": [1, 2.0]}, "block_size is 2.0, must be an integer"),
+    (CHAIN, {"block_size": 0}, r"block_size is 0, must be an integer in \[1, 2147483647\]"),
+    (CHAIN, {"rows": 2**31}, "rows is 2147483648, must be"),
+    (CHAIN, {"context": "x"}, "context is 'x', must be"),
+    (CHAIN, {"num_beams": True}, "num_beams is True, must be"),
+    (CHAIN, {"max_num_batched_tokens": 0}, "max_num_batched_tokens is 0, must be"),
+    (CHAIN, {"seed": -1}, "seed is -1, must be"),
+    (CHAIN, {"temperature": [0.0, float("nan")]}, "temperature is nan, must be a number"),
+    (CHAIN, {"temperature": "hot"}, "temperature is 'hot', must be a number"),
+    (CHAIN, {"num_blocks": 3, "context": 9, "block_size": 4}, r"num_blocks is 3, must be an integer in \[4"),
+    (CHAIN, {"attention": "flash"}, "attention 'flash' is unknown; choose one of auto, reference"),
+    (CHAIN, {"attention": None}, "attention None is unknown"),
+    (CHAIN, {"repeats": 0}, "repeats is 0, must be"),
+    (CHAIN, {"threads": 1.5}, "threads is 1.5, must be"),
+    (TOY, {"query_heads": 3}, "query_heads is 3, must be a multiple of the model's 2 KV heads"),
+    (TOY, {"query_heads": "4"}, "query_heads is '4', must be"),
+    (LENGTHS, {"query_heads": 4}, "query_heads is 4, but lengths have no attention"),
+    (LENGTHS, {"admit": "fifo"}, "admit is 'fifo', must be an order"),
+    (LENGTHS, {"watermark": 1.5}, r"watermark is 1.5, must be a number in \[0, 1\]"),
+    (LENGTHS, {"max_num_seqs": None}, "max_num_seqs is None, must be"),
+    (LENGTHS[:, :0], {}, "R at least 1"),
 ])  # fmt: skip
-def test_wrong_questions_are_refused(subject, options, message):
+def test_wrong_questions_are_refused(subject, options, message, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=message):
         pax.ablate(subject, **options)
+
+
+def test_lengths_fit_every_pool_before_any_is_measured(monkeypatch):
+    monkeypatch.setattr(sweep.pool, "measure", lambda *_: pytest.fail("measured"))
+    with pytest.raises(ValueError, match="a request takes"):
+        pax.ablate(LENGTHS, **POOL | {"pool_tokens": [512, 30]})
 
 
 @pytest.mark.parametrize(("name", "text"), [
