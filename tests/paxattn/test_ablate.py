@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import paxattn as pax
-from models.llama import random_llama
+from models.llama import Llama, random_llama
 from models.shapes import CONFIGS
 from pallas_kernels import api
 from paxattn.ablation import runs, sweep
@@ -19,6 +19,7 @@ from paxattn.ablation.plot import plot
 from paxattn.ablation.pool import PoolRun
 from paxattn.ablation.runs import ModelRun, live_slots
 from paxattn.ablation.table import Table, read
+from paxattn.typing import Array, static, struct
 from tests.toys import HEADS, Chain, Toy, prompts
 
 TOY, CHAIN = Toy.create(), Chain(jnp.int32(7))
@@ -106,6 +107,25 @@ def test_a_file_is_taken_up_where_it_stopped(monkeypatch, tmp_path, suffix):
     pax.ablate(LENGTHS[:, 1:], block_size=16, save=path, **POOL)
     assert len(asked) == 5, "another trace is another subject"
     assert rows == pax.ablate(LENGTHS, block_size=[1, 16, 32], save=path, **POOL)
+
+
+def test_a_kernel_that_was_not_timed_is_measured_again(monkeypatch, tmp_path):
+    asked = []
+
+    def measure(timed, **_):
+        asked.append(timed)
+        return {"status": "OK", "repeatable": True, "tokens_sha256": "a"} | ({"kernel_us": 1.0} if timed else {})
+
+    monkeypatch.setattr(runs, "prepare", lambda model, run, query_heads: query_heads is not None)
+    monkeypatch.setattr(runs, "measure", measure)
+    options = {"save": tmp_path / "rows.csv", "block_size": [4, 8]}
+    first = pax.ablate(CHAIN, **options)
+    timed = pax.ablate(CHAIN, query_heads=1, **options)
+    assert [row["kernel_us"] for row in timed] == [1.0, 1.0]
+    assert timed == [row | {"kernel_us": 1.0} for row in first]
+    assert pax.ablate(CHAIN, query_heads=1, **options) == pax.ablate(CHAIN, **options) == timed
+    assert read(tmp_path / "rows.csv") == timed, "in the place of the old rows"
+    assert asked == [False, False, True, True]
 
 
 @pytest.mark.parametrize("digits", ["12345678901e3456", "1234567890123456", "00000000000000_1"])
@@ -294,6 +314,40 @@ def test_a_plot_without_matplotlib_says_what_to_install(monkeypatch):
         plot([])
 
 
-def test_runs_are_told_apart():
+@struct
+class Windowed:
+    """Numbers and a setting beside them."""
+
+    salt: Array
+    window: int = static(default=3)
+
+    vocab_size, cache_spec = CHAIN.vocab_size, CHAIN.cache_spec
+
+
+def test_subjects_are_told_apart():
     assert sweep.fingerprint(LENGTHS) != sweep.fingerprint(LENGTHS + np.int32(1))
     assert sweep.fingerprint(TOY) == sweep.fingerprint(Toy.create()) != sweep.fingerprint(Toy.create(1))
+    weights = jnp.arange(99, dtype=jnp.float32).reshape(9, 11) / 7
+    others = [weights, weights.at[8, 9].add(1e-6), weights[::-1], weights.T, weights.astype(jnp.bfloat16), weights > 3,
+              weights + 1j, weights + 2j, jax.random.key(0), jax.random.key(1)]  # fmt: skip
+    names = [sweep.fingerprint(model) for model in (*map(Chain, others), Windowed(weights), Windowed(weights, 4))]
+    assert len(set(names)) == len(names)
+    assert names[0] == sweep.fingerprint(Chain(weights * 1)) == sweep.fingerprint(pax.pack(Chain(weights)))
+
+
+def test_a_model_with_anothers_arrays_is_another():
+    config = dataclasses.replace(CONFIGS["tiny"], num_hidden_layers=1)
+    arrays = random_llama(config, jax.random.key(0)).parameters()
+    changes = ({}, {"sliding_window": 4}, {"rope": dataclasses.replace(config.rope, rope_theta=2.0)})
+    models = [Llama(dataclasses.replace(config, **change), lambda name, _: arrays[name]) for change in changes]
+    names = [sweep.fingerprint(model) for model in models]
+    assert len(set(names)) == 3
+    assert names == [sweep.fingerprint(pax.pack(model)) for model in models]
+
+
+def test_a_config_outside_the_tree_counts(monkeypatch):
+    names = [sweep.fingerprint(CHAIN)]
+    for salt in (8, 9):
+        monkeypatch.setattr(Chain, "config", Salted(salt), raising=False)
+        names.append(sweep.fingerprint(CHAIN))
+    assert len(set(names)) == 3
