@@ -304,6 +304,15 @@ def test_a_plot_has_a_panel_a_figure_and_a_line_a_series(tmp_path):
         plot(rows[:1])
     with pytest.raises(ValueError, match="panel 'speed' is unknown"):
         plot(rows, panels=["speed"])
+    with pytest.raises(ValueError, match="no row has more than zero of saving; choose other panels"):
+        plot(rows, panels=["saving"])
+    with pytest.raises(ValueError, match="not every row has a field 'nope'; choose of way, block_size"):
+        plot(rows, by=["nope"])
+    with pytest.raises(ValueError, match="some field has two values"):
+        plot([{"wasted": 0.1}, {"wasted": 0.2}])
+    for path in (tmp_path / "plot.doc", tmp_path, tmp_path / "a" / "plot.svg" / "plot.svg"):
+        with pytest.raises(ValueError, match=str(path)):
+            plot(rows, path)
 
 
 def test_a_plot_without_matplotlib_says_what_to_install(monkeypatch):
