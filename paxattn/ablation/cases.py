@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from pallas_kernels.config import SIZES, with_sizes
@@ -27,7 +28,11 @@ class Case:
 
 
 def cases(kind: type[ModelRun] | type[PoolRun], options: dict[str, Any], config: Any = None) -> Iterator[Case]:
-    """Every combination of these options, in the order of their product."""
+    """Every combination of these options, in the order of their product.
+
+    Raises:
+      ValueError: unknown options, values that no run can have, or two combinations that a row could not tell apart.
+    """
     of_run, of_kernel, of_model = names(kind), SIZES if kind is ModelRun else (), names(config)
     known = {kind.__name__: of_run, "mosaic": of_kernel, type(config).__name__: of_model}
     if unknown := sorted(set(options) - {*of_run, *of_kernel, *of_model}):
@@ -36,6 +41,7 @@ def cases(kind: type[ModelRun] | type[PoolRun], options: dict[str, Any], config:
     swept = {name: _values(value) for name, value in options.items()}
     if empty := [name for name, values in swept.items() if not values]:
         raise ValueError(f"{empty[0]} is an empty list; give at least one value.")
+    labels = set()
     for values in itertools.product(*swept.values()):
         given = dict(zip(swept, values, strict=True))
         run: Any = kind(**{name: value for name, value in given.items() if name in of_run})
@@ -44,7 +50,15 @@ def cases(kind: type[ModelRun] | type[PoolRun], options: dict[str, Any], config:
             run = dataclasses.replace(run, attention=with_sizes(run.attention, **sizes))
         fields = {name: value for name, value in given.items() if name in of_model}
         member = dataclasses.replace(config, **fields) if of_model else None
-        yield Case(run, member, {name: _plain(value) for name, value in (fields | sizes).items()} | label(run))
+        asked = {name: _plain(value) for name, value in (fields | sizes).items()} | label(run)
+        if (told := tuple(asked.items())) in labels:
+            same = ", ".join(f"{name}={asked[name]}" for name in options)
+            raise ValueError(
+                f"two combinations are both called {same}: give each value once, and functions names of their own "
+                "(write them with def, not lambda)."
+            )
+        labels.add(told)
+        yield Case(run, member, asked)
 
 
 def names(config: Any) -> list[str]:
@@ -60,20 +74,25 @@ def label(run: Any) -> dict[str, Any]:
 def swept(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Names of the fields that differ between rows and were asked for, in order; sizes speak for the attention's."""
     asked, fields = list(rows[0]), {*names(ModelRun), *names(PoolRun)}
-    asked = asked[: 1 + max(at for at, name in enumerate(asked) if name in fields)]
+    asked = asked[: 1 + max((at for at, name in enumerate(asked) if name in fields), default=-1)]
     different = [name for name in asked if len({row.get(name) for row in rows}) > 1]
     told = {"subject", "device"} | ({"attention"} if set(different) & set(SIZES) else set())
     return [name for name in different if name not in told]
 
 
 def _values(option: Any) -> list[Any]:
-    if isinstance(option, np.ndarray):
-        return option.tolist()
-    return list(option) if isinstance(option, list | tuple | range) else [option]
+    option = _unboxed(option)
+    return [_unboxed(value) for value in option] if isinstance(option, list | tuple | range) else [option]
+
+
+def _unboxed(value: Any) -> Any:
+    """Of NumPy's and JAX's numbers and arrays plain ones."""
+    return value.tolist() if isinstance(value, np.generic | np.ndarray | jax.Array) else value
 
 
 def _plain(value: Any) -> Any:
     """A function by its name, anything else that JSON has no form for as text."""
+    value = _unboxed(value)
     if value is None or isinstance(value, bool | int | float | str):
         return value
     return getattr(value, "__name__", str(value))

@@ -3,6 +3,7 @@
 Needs matplotlib, which is not installed with paxattn: the extra `notebooks` brings it.
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,32 @@ PANELS = {  # what is drawn where rows have it, in this order
 }
 SCALE = {"wasted": 100, "saving": 100, "peak_bytes": 1e-9, "table_bytes": 1e-3}
 INK = "#808080"  # readable on white and on black
+SUFFIXES = (".svg", ".png", ".pdf")
+
+
+def check(rows: Sequence[dict[str, Any]], path: str | Path | None = None, *, by: Sequence[str] = ()) -> list[str]:
+    """The fields that a plot of these rows tells apart; refuses what `plot` cannot draw or write.
+
+    Rows need no figures yet: ask before they are measured.
+    """
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            'a plot needs matplotlib: pip install "paxattn[notebooks]", or pip install matplotlib.'
+        ) from error
+    if not rows or not (fields := list(by) or swept(rows)):
+        raise ValueError("a plot needs rows in which some field has two values.")
+    if unknown := [name for name in fields if any(name not in row for row in rows)]:
+        raise ValueError(f"not every row has a field {unknown[0]!r}; choose of {', '.join(rows[0])}.")
+    if path is not None:
+        path = Path(path)
+        if path.suffix.lower() not in SUFFIXES:
+            raise ValueError(f"{path}: the name of a plot must end in {', '.join(SUFFIXES)}.")
+        folder = next(each for each in path.absolute().parents if each.exists())
+        if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+            raise ValueError(f"{path} cannot be written; give a plot another place.")
+    return fields
 
 
 def plot(
@@ -39,21 +66,21 @@ def plot(
       path: where to write it, the background transparent.
       by: the field along the bottom, then those that each have a line a value; by default what was swept.
       panels: figures to draw; those that no row has, or that are zero everywhere, are left out.
+
+    Raises:
+      ValueError: nothing to draw, unknown fields or panels, or a path that cannot be written.
+      ImportError: there is no matplotlib.
     """
-    try:
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import NullLocator
-    except ImportError as error:
-        raise ImportError(
-            'a plot needs matplotlib: pip install "paxattn[notebooks]", or pip install matplotlib.'
-        ) from error
+    x, *others = check(rows, path, by=by)
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import NullLocator
+
     if unknown := [name for name in panels if name not in PANELS]:
         raise ValueError(f"panel {unknown[0]!r} is unknown; there are {', '.join(PANELS)}.")
-    if not rows or not (fields := by or swept(rows)):
-        raise ValueError("a plot needs rows in which some field has two values.")
-    x, *others = fields
     shown = [name for name in panels if any(row.get(name) for row in rows)]
+    if not shown:
+        raise ValueError(f"no row has more than zero of {', '.join(panels) or 'no panel'}; choose other panels.")
     places = list(dict.fromkeys(row[x] for row in rows))
     columns = min(3, len(shown))
     lines = -(-len(shown) // columns)
@@ -83,7 +110,6 @@ def plot(
     if path is not None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         with rc_context({"svg.fonttype": "none", "svg.hashsalt": "paxattn"}):  # text as text, the same file each time
-            figure.savefig(
-                path, transparent=True, dpi=120, metadata={"Date": None} if str(path).endswith(".svg") else None
-            )
+            metadata = {"Date": None} if Path(path).suffix.lower() == ".svg" else None
+            figure.savefig(path, transparent=True, dpi=120, metadata=metadata)
     return figure

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from paxattn.ablation.checks import check_count, check_number
 from paxattn.serving.policy import Order, Policy, first_come
 from paxattn.simulate import Simulation, Use, branch, reserve, simulate
 from paxattn.typing import Int32
@@ -39,9 +40,16 @@ class PoolRun:
     def __post_init__(self):
         if self.way not in WAYS:
             raise ValueError(f"way {self.way!r} is unknown; choose one of {', '.join(WAYS)}.")
-        for name in ("block_size", "pool_tokens", "max_num_seqs", "max_model_len", "num_return_sequences"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, must be at least 1.")
+        for name in ("block_size", "pool_tokens", "max_num_seqs", "max_model_len", "max_num_batched_tokens",
+                     "num_return_sequences"):  # fmt: skip
+            check_count(name, getattr(self, name))
+        for name in ("admit", "keep"):
+            if not callable(order := getattr(self, name)):
+                raise ValueError(
+                    f"{name} is {order!r}, must be an order of `paxattn.serving.policy`: first_come, shortest_prompt, "
+                    "highest_priority or a function like them."
+                )
+        check_number("watermark", self.watermark, most=1)
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ValueError(
                 f"max_num_batched_tokens is {self.max_num_batched_tokens}, must be at least max_num_seqs = "
@@ -80,7 +88,7 @@ def check_lengths(lengths: Any, run: PoolRun) -> Int32[np.ndarray, "2 R"]:
     """Lengths as int32; refused where a request could never end."""
     lengths = np.asarray(lengths)
     if lengths.ndim != 2 or lengths.shape[0] != 2 or not lengths.shape[1] or lengths.dtype.kind not in "iu":
-        raise ValueError(f"lengths are {lengths.dtype} {lengths.shape}; they must be integers [2, R], in and out.")
+        raise ValueError(f"lengths are {lengths.dtype} {lengths.shape}; they must be integers [2, R], R at least 1.")
     if lengths.min() < 1:
         raise ValueError("a length is below 1; prompts and answers have at least one token.")
     longest, room = int(lengths.sum(axis=0).max()), min(run.max_model_len, run.pool_tokens)

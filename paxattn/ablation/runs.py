@@ -16,7 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import paged_attention
+from pallas_kernels.api import IMPLEMENTATIONS, paged_attention
+from pallas_kernels.config import without_sizes
+from paxattn.ablation.checks import check_count, check_number
 from paxattn.blocks import NULL
 from paxattn.cache import CacheSpec
 from paxattn.decoding import beam, step
@@ -51,13 +53,16 @@ class ModelRun:
     seed: int = 0  # of prompts and sampling
 
     def __post_init__(self):
-        for name in ("rows", "context", "num_return_sequences", "num_beams"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, must be at least 1.")
-        if self.max_new_tokens < 2:
-            raise ValueError(
-                f"max_new_tokens is {self.max_new_tokens}, must be at least 2: the first ends the prefill."
-            )
+        for name in ("rows", "context", "block_size", "max_num_batched_tokens", "num_return_sequences", "num_beams"):
+            check_count(name, getattr(self, name))
+        check_count("max_new_tokens", self.max_new_tokens, least=2)  # the first ends the prefill
+        check_count("seed", self.seed, least=0, most=2**32 - 1)
+        check_number("temperature", self.temperature)
+        if self.num_blocks is not None:
+            check_count("num_blocks", self.num_blocks, least=1 + -(-self.context // self.block_size))  # a prompt, NULL
+        known = ("auto", *IMPLEMENTATIONS)
+        if type(self.attention) is not str or without_sizes(self.attention)[0] not in known:
+            raise ValueError(f"attention {self.attention!r} is unknown; choose one of {', '.join(known)}.")
         if self.num_beams > 1 and (self.num_return_sequences > 1 or self.temperature):
             raise ValueError("beams are neither sampled nor multiplied; leave out num_return_sequences, temperature.")
 
@@ -84,7 +89,13 @@ class Programs:
 
 
 def prepare(model: Model, run: ModelRun, query_heads: int | None = None) -> Programs:
-    """Compiles what a run needs."""
+    """Compiles what a run needs.
+
+    Raises:
+      ValueError: query heads that the model's KV heads cannot be dealt to.
+    """
+    if query_heads is not None and query_heads % (kv_heads := model.cache_spec.num_kv_heads):
+        raise ValueError(f"query_heads is {query_heads}, must be a multiple of the model's {kv_heads} KV heads.")
     tokens = run.rows * run.context
     budget = prefill_budget((run.rows, run.context), run.max_num_batched_tokens)
     begun, feed, more = _verbs(model, run, budget)

@@ -11,7 +11,6 @@ A row holds plain values only, ready for pandas. A file that exists is taken up 
 
 import dataclasses
 import functools
-import hashlib
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from paxattn.ablation import pool, runs
 from paxattn.ablation.cases import Case, cases, names
+from paxattn.ablation.checks import check_count
+from paxattn.ablation.fingerprint import fingerprint
 from paxattn.ablation.pool import PoolRun
 from paxattn.ablation.runs import ModelRun
 from paxattn.ablation.table import Table
@@ -58,7 +58,7 @@ def ablate(
       make: the model of a config. One model at a time is in memory.
       watch: called with each new row.
       save: a .json or .csv file, written after every row. Rows of the same subject and device that it already holds
-        are not measured again.
+        are not measured again, but for those without a `kernel_us` that is asked for.
       exact: raises where tokens differ that must not. They may in bfloat16, where two candidates are nearly equal.
       repeats: timed runs of a model; medians are kept.
       query_heads: H of a model, to time the attention kernel alone too.
@@ -69,30 +69,41 @@ def ablate(
       A row a combination, in the order of the product: its fields, and what was measured.
 
     Raises:
-      ValueError: unknown fields, values that no run can have, or a file of another form.
+      ValueError: unknown fields, values that no run can have, combinations that a row could not tell apart, or a file
+        of another form; before anything is measured.
       TokensDifferError: see `exact`; the rows are saved before.
     """
     from tqdm.auto import tqdm  # the rest of paxattn does without
 
-    is_model = make is not None or hasattr(subject, "cache_spec")
-    if dataclasses.is_dataclass(subject) and not is_model:
-        raise ValueError(f"{type(subject).__name__} is no model: say with make=... what makes one of it.")
-    todo = list(cases(ModelRun if is_model else PoolRun, options, None if make is None else subject))
+    check_count("repeats", repeats)
+    check_count("threads", threads)
+    if query_heads is not None:
+        check_count("query_heads", query_heads)
+    todo = _todo(subject, make, options)
+    if query_heads is not None and isinstance(todo[0].run, PoolRun):
+        raise ValueError(f"query_heads is {query_heads}, but lengths have no attention to time: leave it out.")
+    if save is not None and any("<lambda>" in case.asked.values() for case in todo):
+        raise ValueError("rows of a file are found by the names of functions, a lambda has none: write it with def.")
     table, known = Table(None if save is None else Path(save)), {}
 
     def rows() -> list[dict[str, Any]]:
         found = (table.find(known[case.config] | case.asked) for case in todo if case.config in known)
         return compare([row for row in found if row is not None])
 
+    def is_missing(case: Case) -> bool:
+        row = table.find(known[case.config] | case.asked)
+        return row is None or (query_heads is not None and row.get("kernel_us") is None)
+
     with tqdm(total=len(todo), desc="ablate", disable=not sys.stderr.isatty()) as bar:
         for config in dict.fromkeys(case.config for case in todo):
             member = subject if make is None else make(config)
             known[config] = {"subject": fingerprint(member, config), "device": jax.devices()[0].device_kind}
             mine = [case for case in todo if case.config == config]
-            missing = [case for case in mine if table.find(known[config] | case.asked) is None]
+            missing = [case for case in mine if is_missing(case)]
             bar.update(len(mine) - len(missing))
             for case, figures in _measured(member, missing, repeats, query_heads, threads):
-                table.rows.append(row := known[config] | case.asked | figures)
+                told = known[config] | case.asked
+                table.put(told, row := told | figures)
                 rows()
                 table.write()
                 if watch is not None:
@@ -105,6 +116,17 @@ def ablate(
         named = ", ".join(str({name: row[name] for name in sorted(UNOBSERVABLE)}) for row in different)
         raise TokensDifferError(f"{len(different)} of {len(done)} combinations gave other tokens: {named}")
     return done
+
+
+def _todo(subject, make, options) -> list[Case]:
+    """All combinations; lengths fit the pool of each."""
+    is_model = make is not None or hasattr(subject, "cache_spec")
+    if dataclasses.is_dataclass(subject) and not is_model:
+        raise ValueError(f"{type(subject).__name__} is no model: say with make=... what makes one of it.")
+    todo = list(cases(ModelRun if is_model else PoolRun, options, None if make is None else subject))
+    for case in () if is_model else todo:
+        pool.check_lengths(subject, case.run)
+    return todo
 
 
 def _measured(member, todo, repeats, query_heads, threads) -> Iterator[tuple[Case, dict[str, Any]]]:
@@ -121,15 +143,6 @@ def _measured(member, todo, repeats, query_heads, threads) -> Iterator[tuple[Cas
 
 def _prepare(model: Model, query_heads: int | None, case: Case):
     return runs.prepare(model, case.run, query_heads)
-
-
-def fingerprint(subject: Any, config: Any = None) -> str:
-    """Tells one subject from another: shapes, dtypes and the first numbers of every array, and its config."""
-    digest = hashlib.sha256((type(subject).__name__ + ("" if config is None else repr(config))).encode())
-    for leaf in jax.tree.leaves(subject if hasattr(subject, "cache_spec") else np.asarray(subject)):
-        whole = leaf if isinstance(leaf, np.ndarray) else leaf.ravel()[:64]
-        digest.update(f"{leaf.shape}{leaf.dtype}".encode() + np.asarray(whole).tobytes())
-    return digest.hexdigest()[:16]
 
 
 def compare(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import paxattn as pax
-from models.llama import random_llama
+from models.llama import Llama, random_llama
 from models.shapes import CONFIGS
 from pallas_kernels import api
 from paxattn.ablation import runs, sweep
@@ -18,6 +18,8 @@ from paxattn.ablation.cases import cases, label, swept
 from paxattn.ablation.plot import plot
 from paxattn.ablation.pool import PoolRun
 from paxattn.ablation.runs import ModelRun, live_slots
+from paxattn.ablation.table import Table, read
+from paxattn.typing import Array, static, struct
 from tests.toys import HEADS, Chain, Toy, prompts
 
 TOY, CHAIN = Toy.create(), Chain(jnp.int32(7))
@@ -105,6 +107,43 @@ def test_a_file_is_taken_up_where_it_stopped(monkeypatch, tmp_path, suffix):
     pax.ablate(LENGTHS[:, 1:], block_size=16, save=path, **POOL)
     assert len(asked) == 5, "another trace is another subject"
     assert rows == pax.ablate(LENGTHS, block_size=[1, 16, 32], save=path, **POOL)
+
+
+def test_a_kernel_that_was_not_timed_is_measured_again(monkeypatch, tmp_path):
+    asked = []
+
+    def measure(timed, **_):
+        asked.append(timed)
+        return {"status": "OK", "repeatable": True, "tokens_sha256": "a"} | ({"kernel_us": 1.0} if timed else {})
+
+    monkeypatch.setattr(runs, "prepare", lambda model, run, query_heads: query_heads is not None)
+    monkeypatch.setattr(runs, "measure", measure)
+    options = {"save": tmp_path / "rows.csv", "block_size": [4, 8]}
+    first = pax.ablate(CHAIN, **options)
+    timed = pax.ablate(CHAIN, query_heads=1, **options)
+    assert [row["kernel_us"] for row in timed] == [1.0, 1.0]
+    assert timed == [row | {"kernel_us": 1.0} for row in first]
+    assert pax.ablate(CHAIN, query_heads=1, **options) == pax.ablate(CHAIN, **options) == timed
+    assert read(tmp_path / "rows.csv") == timed, "in the place of the old rows"
+    assert asked == [False, False, True, True]
+
+
+@pytest.mark.parametrize("digits", ["12345678901e3456", "1234567890123456", "00000000000000_1"])
+def test_digests_stay_text(tmp_path, digits):
+    row = {"subject": digits, "tokens_sha256": digits, "steps": 3, "wasted": 1e-9, "num_blocks": None, "exact": True}
+    table = Table(tmp_path / "rows.csv")
+    table.put(row, row)
+    table.write()
+    assert read(tmp_path / "rows.csv") == [row]
+
+
+def test_numbers_of_numpy_are_plain():
+    options = {"block_size": np.array([4, 8]), "max_num_seqs": [np.int64(3)], "watermark": np.float32(0.25)}
+    options |= {"pool_tokens": jnp.int32(512), "way": np.array("oracle")}
+    rows = [case.asked for case in cases(PoolRun, options)]
+    assert [[(type(row[name]), row[name]) for name in options] for row in rows] == [
+        [(int, size), (int, 3), (float, 0.25), (int, 512), (str, "oracle")] for size in (4, 8)]  # fmt: skip
+    assert label(PoolRun(watermark=np.float64(0.5)))["watermark"].__class__ is float
 
 
 def test_every_field_of_a_pool_can_be_swept():
@@ -205,18 +244,52 @@ def test_ways_are_ordered_as_they_must_be():
     (CHAIN, {"max_new_tokens": 1}, "max_new_tokens is 1"),
     (CHAIN, {"num_beams": 2, "temperature": 0.5}, "beams are neither"),
     (LENGTHS, {"save": "rows.txt"}, "must end in .json or .csv"),
+    (LENGTHS, {"admit": [lambda queue: queue.ticket, lambda queue: -queue.ticket]}, "are both called admit=<lambda>"),
+    (LENGTHS, {"keep": lambda queue: queue.ticket, "save": "rows.json"}, "a lambda has none"),
+    (CHAIN, {"block_size": [4, 8, 4], "rows": 3}, "are both called block_size=4, rows=3: give each value once"),
+    (CHAIN, {"block_size": [1, 2.0]}, "block_size is 2.0, must be an integer"),
+    (CHAIN, {"block_size": 0}, r"block_size is 0, must be an integer in \[1, 2147483647\]"),
+    (CHAIN, {"rows": 2**31}, "rows is 2147483648, must be"),
+    (CHAIN, {"context": "x"}, "context is 'x', must be"),
+    (CHAIN, {"num_beams": True}, "num_beams is True, must be"),
+    (CHAIN, {"max_num_batched_tokens": 0}, "max_num_batched_tokens is 0, must be"),
+    (CHAIN, {"seed": -1}, "seed is -1, must be"),
+    (CHAIN, {"temperature": [0.0, float("nan")]}, "temperature is nan, must be a number"),
+    (CHAIN, {"temperature": "hot"}, "temperature is 'hot', must be a number"),
+    (CHAIN, {"num_blocks": 3, "context": 9, "block_size": 4}, r"num_blocks is 3, must be an integer in \[4"),
+    (CHAIN, {"attention": "flash"}, "attention 'flash' is unknown; choose one of auto, reference"),
+    (CHAIN, {"attention": None}, "attention None is unknown"),
+    (CHAIN, {"repeats": 0}, "repeats is 0, must be"),
+    (CHAIN, {"threads": 1.5}, "threads is 1.5, must be"),
+    (TOY, {"query_heads": 3}, "query_heads is 3, must be a multiple of the model's 2 KV heads"),
+    (TOY, {"query_heads": "4"}, "query_heads is '4', must be"),
+    (LENGTHS, {"query_heads": 4}, "query_heads is 4, but lengths have no attention"),
+    (LENGTHS, {"admit": "fifo"}, "admit is 'fifo', must be an order"),
+    (LENGTHS, {"watermark": 1.5}, r"watermark is 1.5, must be a number in \[0, 1\]"),
+    (LENGTHS, {"max_num_seqs": None}, "max_num_seqs is None, must be"),
+    (LENGTHS[:, :0], {}, "R at least 1"),
 ])  # fmt: skip
-def test_wrong_questions_are_refused(subject, options, message):
+def test_wrong_questions_are_refused(subject, options, message, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=message):
         pax.ablate(subject, **options)
 
 
-@pytest.mark.parametrize("text", ["{", '{"rows": []}', "[1]"])
-def test_a_file_of_another_form_is_refused(tmp_path, text):
-    (tmp_path / "rows.json").write_text(text)
-    with pytest.raises(ValueError, match=r"rows\.json"):
-        pax.ablate(LENGTHS, save=tmp_path / "rows.json", **POOL)
-    assert (tmp_path / "rows.json").read_text() == text
+def test_lengths_fit_every_pool_before_any_is_measured(monkeypatch):
+    monkeypatch.setattr(sweep.pool, "measure", lambda *_: pytest.fail("measured"))
+    with pytest.raises(ValueError, match="a request takes"):
+        pax.ablate(LENGTHS, **POOL | {"pool_tokens": [512, 30]})
+
+
+@pytest.mark.parametrize(("name", "text"), [
+    ("rows.json", "{"), ("rows.json", '{"rows": []}'), ("rows.json", "[1]"),
+    ("rows.csv", "a,b\n1,2\n3\n"), ("rows.csv", "a,b\n1,2,3\n"), ("rows.csv", "a\n" + "1" * 200_000),
+])  # fmt: skip
+def test_a_file_of_another_form_is_refused(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=name):
+        pax.ablate(LENGTHS, save=tmp_path / name, **POOL)
+    assert (tmp_path / name).read_text() == text
 
 
 def test_a_plot_has_a_panel_a_figure_and_a_line_a_series(tmp_path):
@@ -231,6 +304,15 @@ def test_a_plot_has_a_panel_a_figure_and_a_line_a_series(tmp_path):
         plot(rows[:1])
     with pytest.raises(ValueError, match="panel 'speed' is unknown"):
         plot(rows, panels=["speed"])
+    with pytest.raises(ValueError, match="no row has more than zero of saving; choose other panels"):
+        plot(rows, panels=["saving"])
+    with pytest.raises(ValueError, match="not every row has a field 'nope'; choose of way, block_size"):
+        plot(rows, by=["nope"])
+    with pytest.raises(ValueError, match="some field has two values"):
+        plot([{"wasted": 0.1}, {"wasted": 0.2}])
+    for path in (tmp_path / "plot.doc", tmp_path, tmp_path / "a" / "plot.svg" / "plot.svg"):
+        with pytest.raises(ValueError, match=str(path)):
+            plot(rows, path)
 
 
 def test_a_plot_without_matplotlib_says_what_to_install(monkeypatch):
@@ -241,6 +323,40 @@ def test_a_plot_without_matplotlib_says_what_to_install(monkeypatch):
         plot([])
 
 
-def test_runs_are_told_apart():
+@struct
+class Windowed:
+    """Numbers and a setting beside them."""
+
+    salt: Array
+    window: int = static(default=3)
+
+    vocab_size, cache_spec = CHAIN.vocab_size, CHAIN.cache_spec
+
+
+def test_subjects_are_told_apart():
     assert sweep.fingerprint(LENGTHS) != sweep.fingerprint(LENGTHS + np.int32(1))
     assert sweep.fingerprint(TOY) == sweep.fingerprint(Toy.create()) != sweep.fingerprint(Toy.create(1))
+    weights = jnp.arange(99, dtype=jnp.float32).reshape(9, 11) / 7
+    others = [weights, weights.at[8, 9].add(1e-6), weights[::-1], weights.T, weights.astype(jnp.bfloat16), weights > 3,
+              weights + 1j, weights + 2j, jax.random.key(0), jax.random.key(1)]  # fmt: skip
+    names = [sweep.fingerprint(model) for model in (*map(Chain, others), Windowed(weights), Windowed(weights, 4))]
+    assert len(set(names)) == len(names)
+    assert names[0] == sweep.fingerprint(Chain(weights * 1)) == sweep.fingerprint(pax.pack(Chain(weights)))
+
+
+def test_a_model_with_anothers_arrays_is_another():
+    config = dataclasses.replace(CONFIGS["tiny"], num_hidden_layers=1)
+    arrays = random_llama(config, jax.random.key(0)).parameters()
+    changes = ({}, {"sliding_window": 4}, {"rope": dataclasses.replace(config.rope, rope_theta=2.0)})
+    models = [Llama(dataclasses.replace(config, **change), lambda name, _: arrays[name]) for change in changes]
+    names = [sweep.fingerprint(model) for model in models]
+    assert len(set(names)) == 3
+    assert names == [sweep.fingerprint(pax.pack(model)) for model in models]
+
+
+def test_a_config_outside_the_tree_counts(monkeypatch):
+    names = [sweep.fingerprint(CHAIN)]
+    for salt in (8, 9):
+        monkeypatch.setattr(Chain, "config", Salted(salt), raising=False)
+        names.append(sweep.fingerprint(CHAIN))
+    assert len(set(names)) == 3
