@@ -29,6 +29,7 @@ VERDICT = "tests/paxattn/test_speculative_sampling.py"
 SIMULATE, EVICTION, ABLATE = (f"tests/paxattn/test_{name}.py" for name in ("simulate", "eviction", "ablate"))
 
 VIZ, SNAPSHOT = "tests/paxattn/test_viz.py", "tests/models/test_snapshot.py"
+ON_MESH = "tests/paxattn/test_mesh.py"
 MESH = "tests/models/test_mesh.py::test_on_eight_devices[{}]"
 
 PATIENCE = 900
@@ -166,6 +167,8 @@ MUTANTS = (
     Mutant("mesh: a bias on every device", "models/llama.py", "return (out + self.out_bias[...] if config.attention_bias else out), kv", "return (out + total(self.out_bias[...], self.axis) if config.attention_bias else out), kv", MESH.format("biases")),
     Mutant("mesh: repeated heads out of order", "models/sharding.py", "jnp.repeat(qkv[..., -2:, :], times, axis=-3)", "jnp.concatenate([qkv[..., -2:, :]] * times, axis=-3)", MESH.format("generate (1, 8)")),
     Mutant("mesh: repeated heads of a file out of order", "models/load.py", "np.repeat(k, times, axis=0)", "np.concatenate([k] * times)", MESH.format("files")),
+    Mutant("mesh: a packed model is whole everywhere", "paxattn/mesh.py", "node.whole if isinstance(node, Packed) else node", "node", ON_MESH),
+    Mutant("mesh: prompts with a name are not dealt", "paxattn/mesh.py", "if name in _ROWS}", "if name in _ROWS and name not in options}", ON_MESH),
     Mutant("mesh: keys follow the hand", "paxattn/mesh.py", "(key, jnp.arange(count))", "(key, jnp.arange(count) // 2)", MESH.format("sampling (2, 4)")),
     Mutant("mesh: answers in the order of the hands", "paxattn/mesh.py", "*x.shape[2:]).swapaxes(0, 1)", "*x.shape[2:])", MESH.format("generate (2, 4)")),
     Mutant("an idle token's key is written", "pallas_kernels/rope.py", "live = token < query_start_ref[query_start.size - 1]", "live = token >= 0", SMALL),
