@@ -326,12 +326,14 @@ def test_a_key_makes_a_sample():
 def test_without_a_key_a_request_samples_with_its_number():
     """The numbers are those of the requests that were taken."""
     it, knobs = engine(seed=5), {"temperature": 2.0, "max_new_tokens": NEW}
+    it.submit(PROMPTS[3], **knobs)  # number 0; so number i is not on line i
+    it.run()
     numbered = []
     for prompt in PROMPTS[:3]:
         with pytest.raises(ValueError, match="prompt_length is 0"):
             it.submit([], **knobs)
         numbered.append(it.submit(prompt, **knobs))
-    keys = (jax.random.fold_in(jax.random.key(5), i) for i in itertools.count())
+    keys = (jax.random.fold_in(jax.random.key(5), i) for i in itertools.count(1))
     it.run()
     known = it._programs.enter._cache_size()
     keyed = [it.submit(prompt, key=key, **knobs) for prompt, key in zip(PROMPTS[:3], keys, strict=False)]
