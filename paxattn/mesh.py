@@ -26,6 +26,7 @@ from jax.sharding import PartitionSpec as P
 from paxattn.cache import KV, Cache
 from paxattn.decoding.generate import is_traced
 from paxattn.decoding.model import Model
+from paxattn.decoding.packed import Packed
 from paxattn.serving.queue import Requests
 from paxattn.typing import Array
 
@@ -34,6 +35,9 @@ DATA, MODEL = "data", "model"
 
 _SAME = {"model", "drafter", "steps", "policy", "evict", "length_penalty", "eos_token_id"}
 """Parameters that all lanes are given alike."""
+
+_ROWS = {"prompt_ids", "prompt_length", "requests"}
+"""Parameters with a line a prompt."""
 
 _PER_ROW = {"max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "key"}
 """Options that may have a value a prompt, and are then dealt with the prompts."""
@@ -74,18 +78,16 @@ def spread(f: Callable, mesh: Mesh) -> Callable:
 
     Arguments with arrays have a leading axis [D], an entry a lane, but for those that all lanes share (model, drafter,
     steps, policy, evict, length_penalty, eos_token_id); what holds no array is passed on as it is. Results have the
-    leading axis too. Pools are cut over lanes and over KV heads.
+    leading axis too. Pools are cut over lanes and over KV heads. Every call builds a program anew, so it is meant to be
+    called inside `jax.jit`, which keeps it.
     """
     signature = inspect.signature(f)
-    gathering = [p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD]
 
     @functools.wraps(f)
     def lanes(*args, **options):
-        bound = signature.bind(*args, **options).arguments
-        for name in gathering:
-            bound |= bound.pop(name, {})
+        bound = _arguments(signature, args, options)
         fixed = {name: value for name, value in bound.items() if not any(map(_is_array, jax.tree.leaves(value)))}
-        same = {name: value for name, value in bound.items() if name not in fixed and name in _SAME}
+        same = {name: _unpacked(value) for name, value in bound.items() if name not in fixed and name in _SAME}
         dealt = _split({name: value for name, value in bound.items() if name not in fixed | same})
         shape = []
 
@@ -115,7 +117,9 @@ def placed(shapes: Any, mesh: Mesh) -> Any:
 
 
 def on_mesh(program: Callable, mesh: Mesh) -> Callable:
-    """`generate`, `beam_search`, `speculate` or `serve` over a mesh: the same call, ready for `jax.jit`.
+    """`generate`, `beam_search`, `speculate` or `serve` over a mesh: the same call, meant for `jax.jit`.
+
+    A call outside of `jit` works too, and compiles the program each time.
 
     Prompts (or requests) and options with a value a prompt are dealt to the data shards like cards; the sizes
     max_num_seqs, num_blocks and max_num_batched_tokens are those of one shard. Rows come back in the order of the
@@ -129,16 +133,17 @@ def on_mesh(program: Callable, mesh: Mesh) -> Callable:
     Raises:
       ValueError: what the program itself refuses.
     """
-    lanes = spread(program, mesh)
+    lanes, signature = spread(program, mesh), inspect.signature(program)
 
     @functools.wraps(program)
-    def run(model, *rows, **options):
-        if not any(map(is_traced, jax.tree.leaves((rows, options)))):
-            jax.eval_shape(lambda: program(model, *rows, **options))  # refuses on the host what a lane cannot see
-            options |= _room(rows, options)
+    def run(*args, **options):
+        given = _arguments(signature, args, options)
+        if not any(map(is_traced, jax.tree.leaves({name: x for name, x in given.items() if name != "model"}))):
+            jax.eval_shape(lambda: program(**given))  # refuses on the host what a lane cannot see
+            given |= _room(given)
+        rows = {name: x for name, x in given.items() if name in _ROWS}
         count = jax.tree.leaves(rows)[0].shape[0]
-        dealt = deal((rows, _per_prompt(options, count)), mesh.shape[DATA])
-        return join(lanes(model, *dealt[0], **options | dealt[1]), mesh, count)
+        return join(lanes(**given | deal(rows | _per_prompt(given, count), mesh.shape[DATA])), mesh, count)
 
     return run
 
@@ -205,18 +210,36 @@ def _per_prompt(options: dict, count: int) -> dict:
     return {name: jnp.broadcast_to(x, (count,)) for name, x in given.items()}
 
 
-def _room(rows: tuple, options: dict) -> dict[str, int]:
+def _room(given: dict) -> dict[str, int]:
     """max_model_len where it would follow from values, which a lane cannot see."""
-    new = options.get("max_new_tokens", 0)
-    if "max_model_len" in options or not (isinstance(rows[0], Requests) or _is_array(new)):
+    if "max_model_len" in given:
         return {}
-    if isinstance(rows[0], Requests):
-        return {"max_model_len": int(np.max(np.asarray(rows[0].prompt_length) + np.asarray(rows[0].max_new_tokens)))}
-    return {"max_model_len": rows[0].shape[1] + int(np.max(new))}
+    if "requests" in given:
+        requests = given["requests"]
+        return {"max_model_len": int(np.max(np.asarray(requests.prompt_length) + np.asarray(requests.max_new_tokens)))}
+    new = given["max_new_tokens"]
+    return {"max_model_len": given["prompt_ids"].shape[1] + int(np.max(new))} if _is_array(new) else {}
+
+
+def _arguments(signature: inspect.Signature, args: tuple, options: dict) -> dict[str, Any]:
+    """What a call gives, by name."""
+    given = dict(signature.bind(*args, **options).arguments)
+    for parameter in signature.parameters.values():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            given |= given.pop(parameter.name, {})
+    return given
 
 
 def _is_array(x: Any) -> bool:
     return isinstance(x, (jax.Array, np.ndarray, np.generic))
+
+
+def _unpacked(tree: Any) -> Any:
+    """With the models that were packed, as only these say how they are cut."""
+    is_model = (Packed, Cut)
+    return jax.tree.map(
+        lambda node: node.whole if isinstance(node, Packed) else node, tree, is_leaf=lambda x: isinstance(x, is_model)
+    )
 
 
 def _is_cut(node: Any) -> bool:

@@ -19,7 +19,7 @@ from paxattn.cache import Cache
 from paxattn.decoding.step import Finish
 from paxattn.pages import PageTable, append, fork, free, violations
 from paxattn.serving import trace as tracing
-from paxattn.serving.loop import most
+from paxattn.serving.loop import mixed_budget, most
 from paxattn.serving.policy import Policy, ranked
 from paxattn.serving.queue import NEVER, Queue, Times
 from paxattn.serving.service import Service, admit, choose, preempt, settle, wake
@@ -115,14 +115,18 @@ def simulate(
       block_size: tokens a block.
       max_num_seqs: rows.
       max_model_len: tokens that a row can hold.
-      max_num_batched_tokens: tokens that a step feeds at most.
+      max_num_batched_tokens: tokens that a step feeds at most; at least max_num_seqs, as in `serve`.
       policy: who goes first; first come, first served by default.
       arrival: the step before which a request is not there.
       priority: for policies that look at it.
 
     Returns:
       A `Simulation`. A request that can never fit ends as OUT_OF_BLOCKS at once.
+
+    Raises:
+      ValueError: a size that `serve` refuses.
     """
+    budget = mixed_budget(max_num_batched_tokens, max_num_seqs)
     policy, lines = Policy() if policy is None else policy, prompt.shape[0]
     prompt, answer = (jnp.asarray(values, jnp.int32) for values in (prompt, answer))
     table = PageTable.create(
@@ -147,7 +151,7 @@ def simulate(
 
     def turn(old, _):
         service = admit(wake(old), order, jnp.float32(policy.watermark))
-        count, out = choose(service, rank, max_num_batched_tokens)
+        count, out = choose(service, rank, budget)
         service = preempt(service, out)
         new = _feed(service, count)
         return new, tracing.line(old, service, new, count, out)

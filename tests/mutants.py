@@ -29,6 +29,7 @@ VERDICT = "tests/paxattn/test_speculative_sampling.py"
 SIMULATE, EVICTION, ABLATE = (f"tests/paxattn/test_{name}.py" for name in ("simulate", "eviction", "ablate"))
 
 VIZ, SNAPSHOT = "tests/paxattn/test_viz.py", "tests/models/test_snapshot.py"
+ON_MESH = "tests/paxattn/test_mesh.py"
 MESH = "tests/models/test_mesh.py::test_on_eight_devices[{}]"
 
 PATIENCE = 900
@@ -87,6 +88,11 @@ MUTANTS = (
     Mutant("idle time is waited out", "paxattn/serving/service.py", 'jnp.where(idle, jnp.maximum(service.now, arrival), service.now)', 'service.now', SERVING + "::test_all_end_in_one_iteration_and_idle_time_is_skipped"),
     Mutant("a row reads its own line", "paxattn/decoding/step.py", 'state.tokens[state.line[plan.row], plan.position]', 'state.tokens[plan.row, plan.position]', SERVING + "::test_the_oldest_request_is_never_preempted_and_moves_in_every_step"),
     Mutant("cancelled requests keep their row", "paxattn/serving/service.py", 'rows = lines[service.line] & service.seated', 'rows = service.seated & False', ENGINE + "::test_cancel_anywhere"),
+    Mutant("a stream asks too late whose answer it is", "paxattn/serving/engine.py", "if len(answer.token_ids) == sent and self._waits(answer):\n                self.step()", "if len(answer.token_ids) == sent:\n                self.step()\n                if answer not in self._unfinished:\n                    raise ValueError", ENGINE + "::test_a_stream_ends_when_its_answer_is_cancelled_while_a_chunk_runs"),
+    Mutant("a note is lost in a turn", "paxattn/serving/engine.py", "        with self._notes:\n            leaving, self._leaving = self._leaving, {}", "        if True:\n            leaving, self._leaving = self._leaving, {}", ENGINE + "::test_what_a_thread_notes_is_not_lost_in_a_turn"),
+    Mutant("who cancelled keeps a line", "paxattn/serving/engine.py", "        if finish != Finish.RUNNING:\n            self._lines[line] = None", "        if finish != Finish.RUNNING and answer.finish_reason is None:\n            self._lines[line] = None", ENGINE + "::test_a_line_is_free_once_the_device_ended_it"),
+    Mutant("who watches is told an end twice", "paxattn/serving/engine.py", "watch = self._watch.pop(answer, None)", "watch = self._watch.get(answer)", ENGINE + "::test_who_watches_is_told_the_end_once_and_is_forgotten"),
+    Mutant("a request's number is not in its key", "paxattn/serving/chunk.py", "jax.random.fold_in(key, ticket[0])", "jax.random.fold_in(key, line[0])", ENGINE + "::test_without_a_key_a_request_samples_with_its_number"),
     Mutant("the penalty looks at another line", "paxattn/decoding/sampling.py", 'tokens if line is None else tokens[line]', 'tokens[: logits.shape[0]]', SERVING + "::test_the_oldest_request_is_never_preempted_and_moves_in_every_step"),
     Mutant("a narrow token axis drops rows", "paxattn/serving/loop.py", "jnp.sum(count) <= jnp.array(widths)", "jnp.sum(count) <= 2 * jnp.array(widths)", SERVING),
     Mutant("rows that pick get each other's tokens", "paxattn/decoding/step.py", ".at[of].set(x, mode=\"drop\"), found)", ".at[of - of[0]].set(x, mode=\"drop\"), found)", GENERATE),
@@ -179,6 +185,8 @@ MUTANTS = (
     Mutant("mesh: a bias on every device", "models/llama.py", "return (out + self.out_bias[...] if config.attention_bias else out), kv", "return (out + total(self.out_bias[...], self.axis) if config.attention_bias else out), kv", MESH.format("biases")),
     Mutant("mesh: repeated heads out of order", "models/sharding.py", "jnp.repeat(qkv[..., -2:, :], times, axis=-3)", "jnp.concatenate([qkv[..., -2:, :]] * times, axis=-3)", MESH.format("generate (1, 8)")),
     Mutant("mesh: repeated heads of a file out of order", "models/load.py", "np.repeat(k, times, axis=0)", "np.concatenate([k] * times)", MESH.format("files")),
+    Mutant("mesh: a packed model is whole everywhere", "paxattn/mesh.py", "node.whole if isinstance(node, Packed) else node", "node", ON_MESH),
+    Mutant("mesh: prompts with a name are not dealt", "paxattn/mesh.py", "if name in _ROWS}", "if name in _ROWS and name not in options}", ON_MESH),
     Mutant("mesh: keys follow the hand", "paxattn/mesh.py", "(key, jnp.arange(count))", "(key, jnp.arange(count) // 2)", MESH.format("sampling (2, 4)")),
     Mutant("mesh: answers in the order of the hands", "paxattn/mesh.py", "*x.shape[2:]).swapaxes(0, 1)", "*x.shape[2:])", MESH.format("generate (2, 4)")),
     Mutant("an idle token's key is written", "pallas_kernels/rope.py", "live = token < query_start_ref[query_start.size - 1]", "live = token >= 0", SMALL),

@@ -10,7 +10,7 @@ shard i % D, so that the first free line is one of the shard that has the fewest
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ from paxattn.serving.loop import most, open_service, run
 from paxattn.serving.policy import Policy
 from paxattn.serving.queue import Requests, put
 from paxattn.serving.service import Service, cancel
-from paxattn.typing import Array, Float32, Int32, struct
+from paxattn.typing import Array, Bool, Float32, Int32, struct
 
 
 @struct
@@ -34,7 +34,7 @@ class News:
     logprobs: Float32[Array, "R k"]
     grown: Int32[Array, "R"]
     finish: Int32[Array, "R"]
-    running: Int32[Array, ""]
+    seated: Bool[Array, "R"]
     used: Int32[Array, ""]
     steps: Int32[Array, ""]
     preemptions: Int32[Array, ""]
@@ -51,7 +51,7 @@ def chunk(model, service: Service, policy: Policy, evict: Eviction | None, *, bu
         logprobs=new_tokens(queue.logprobs, known, queue.known, steps),
         grown=queue.known - known,
         finish=queue.finish,
-        running=jnp.sum(service.seated),
+        seated=jnp.zeros(queue.size, bool).at[service.line].set(True, mode="drop"),
         used=service.cache.table.blocks.num_used,
         steps=service.stats.steps,
         preemptions=jnp.sum(queue.preemptions) - preempted,
@@ -59,9 +59,18 @@ def chunk(model, service: Service, policy: Policy, evict: Eviction | None, *, bu
     return service, news
 
 
-def enter(service: Service, requests: Requests, line, ticket):
-    """Writes a request into a line; it arrives now."""
-    requests = dataclasses.replace(requests, arrival=service.now[None])
+def enter(service: Service, asked: dict[str, Any], line: Int32[Array, "1"], ticket: Int32[Array, "1"]) -> Service:
+    """Writes a request into a line; it arrives now.
+
+    Args:
+      service: what it enters.
+      asked: arguments of `Requests.create`, with one key; where `fold` is true it samples with fold_in(key, ticket).
+      line: where it goes; R drops it.
+      ticket: its number in the order of submission.
+    """
+    asked, key = dict(asked), asked["key"]
+    key = jnp.where(asked.pop("fold"), jax.random.fold_in(key, ticket[0]), key)
+    requests = Requests.create(**asked | {"key": key[None], "arrival": service.now})
     return dataclasses.replace(service, queue=put(service.queue, requests, line, ticket, most(service)))
 
 
@@ -94,10 +103,10 @@ def _on(mesh: Mesh) -> tuple[Callable, Callable, Callable]:
         service, news = spread(chunk, mesh)(model, service, policy, evict, **options)
         return service, join(news, mesh, service.queue.known.size)
 
-    def enters(service, requests, line, ticket):
+    def enters(service, asked, line, ticket):
         lines = service.queue.known.shape[1]
         at = jnp.where(line % shards == jnp.arange(shards)[:, None], line // shards, lines)  # elsewhere it is dropped
-        given = jax.tree.map(lambda x: jnp.broadcast_to(x, (shards, *x.shape)), (requests, ticket))
+        given = jax.tree.map(lambda x: jnp.broadcast_to(x, (shards, *x.shape)), (asked, ticket))
         return spread(enter, mesh)(service, given[0], at, given[1])
 
     def leaves(service, lines, reason):

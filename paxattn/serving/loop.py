@@ -33,7 +33,7 @@ LEAST_WIDTH = 64
 
 @struct
 class Served:
-    """What came out, in the order of the requests; W is the most new tokens that any of them may have."""
+    """What came out, in the order of the requests; W is max_model_len, more than any of them has."""
 
     token_ids: Int32[Array, "R W"]  # new tokens, the eos token included if produced; 0 past `length`
     logprobs: Float32[Array, "R W"]
@@ -92,6 +92,8 @@ def serve(
             raise ValueError("the requests are traced, so they cannot size the page table: pass max_model_len.")
         whole = np.asarray(requests.prompt_length) + np.asarray(requests.max_new_tokens)
         max_model_len = int(np.max(whole, initial=1))
+    at_least_one(block_size=block_size, max_num_seqs=max_num_seqs, max_model_len=max_model_len)
+    budget = mixed_budget(max_num_batched_tokens, max_num_seqs)
     if num_blocks is None:
         num_blocks = 1 + max_num_seqs * -(-max_model_len // block_size)
     if lines:
@@ -108,7 +110,6 @@ def serve(
     )
     line = jnp.arange(lines, dtype=jnp.int32)
     service = dataclasses.replace(service, queue=put(service.queue, requests, line, line, most(service)))
-    budget = mixed_budget(max_num_batched_tokens, max_num_seqs)
     if lines:  # a queue of none would still be compiled
         service = run(model, service, budget=budget, policy=policy, attention=attention, evict=evict)
     return results(service, lines)
@@ -140,6 +141,13 @@ def most(service: Service) -> int:
     """Tokens that the pool could hold for one request."""
     table = service.cache.table
     return (table.blocks.refcount.size - 1) * table.block_size
+
+
+def at_least_one(**sizes: int) -> None:
+    """Refuses sizes that are not positive, by name."""
+    for name, value in sizes.items():
+        if value < 1:
+            raise ValueError(f"{name} is {value}, must be at least 1.")
 
 
 def mixed_budget(max_num_batched_tokens: int, max_num_seqs: int) -> int:
@@ -182,7 +190,7 @@ def run(
     """
     order = ranked(service.queue, policy.admit)
     rank = jnp.zeros_like(order).at[ranked(service.queue, policy.keep)].set(jnp.arange(order.size, dtype=jnp.int32))
-    end = jnp.int32(2**31 - 1) if steps is None else service.stats.steps + steps
+    begun, steps = service.stats.steps, jnp.int32(2**31 - 1) if steps is None else steps
     watermark = jnp.float32(policy.watermark)
 
     model = model if evict is None else Forgetful(model)
@@ -206,7 +214,7 @@ def run(
             return new
         return dataclasses.replace(new, trace=tracing.record(old, service, new, count, out))
 
-    return jax.lax.while_loop(lambda s: jnp.any(s.queue.unfinished) & (s.stats.steps < end), turn, service)
+    return jax.lax.while_loop(lambda s: jnp.any(s.queue.unfinished) & (s.stats.steps - begun < steps), turn, service)
 
 
 def results(service: Service, lines: int) -> Served:
@@ -232,12 +240,17 @@ def results(service: Service, lines: int) -> Served:
 
 def check_requests(model: Model, requests: Requests, *, max_model_len: int, block_size: int, num_blocks: int) -> None:
     """Refuses, on the host, requests that are wrong or can never fit; traced values are passed over."""
-    knobs = {f.name: getattr(requests.sampling, f.name) for f in dataclasses.fields(requests.sampling)}
-    prompt, new = requests.prompt_length, requests.max_new_tokens
-    check_prompts(model, requests.prompt_ids, prompt, new, max_model_len, block_size, num_blocks, knobs)
+    limits = {"max_model_len": max_model_len, "block_size": block_size, "num_blocks": num_blocks}
+    asked = requests.prompt_ids, requests.prompt_length, requests.max_new_tokens
+    check_asked(model, *asked, vars(requests.sampling), **limits)
+
+
+def check_asked(model: Model, ids, prompt, new, knobs: dict, *, max_model_len, block_size, num_blocks) -> None:
+    """`check_requests` of the arrays that requests are made from, on the device or not."""
+    check_prompts(model, ids, prompt, new, max_model_len, block_size, num_blocks, knobs)
     if is_traced(prompt) or is_traced(new):
         return
-    need = -(-(np.asarray(prompt) + np.asarray(new) - 1) // block_size)  # the last token is never fed
+    need = -(-(np.asarray(prompt, np.int64) + np.asarray(new) - 1) // block_size)  # the last token is never fed
     if (need >= num_blocks).any():
         line = int(np.argmax(need >= num_blocks))
         raise ValueError(

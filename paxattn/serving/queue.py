@@ -34,7 +34,15 @@ class Requests:
     sampling: Sampling
 
     @staticmethod
-    def create(prompt_ids, prompt_length, *, max_new_tokens, priority=0, arrival=0, **sampling) -> "Requests":
+    def create(
+        prompt_ids,
+        prompt_length,
+        *,
+        max_new_tokens,
+        priority: int | Int32[Array, "R"] = 0,
+        arrival: int | Int32[Array, "R"] = 0,
+        **sampling,
+    ) -> "Requests":
         """Requests from padded prompts.
 
         Args:

@@ -1,6 +1,11 @@
 """The engine: requests that come and go while others are served, cancelled anywhere, streamed, counted."""
 
 import asyncio
+import gc
+import itertools
+import statistics
+import threading
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +13,7 @@ import numpy as np
 import pytest
 
 import paxattn as pax
+from paxattn.serving import engine as module
 from tests.toys import VOCAB, Chain
 
 CHAIN = Chain(jnp.int32(7))
@@ -130,6 +136,95 @@ def test_a_line_is_not_given_away_while_its_cancelled_request_still_sits():
     assert_idle(it)
 
 
+def test_a_line_is_free_once_the_device_ended_it():
+    """Whoever ended the answer, and even if nobody told the device."""
+    it = engine()
+    first, *others = submit_all(it)
+    it.step()
+    it.cancel(first)
+    it._leaving.clear()
+    it.run()
+    assert not any(it._lines)
+    assert [a.token_ids for a in others] == [expected(p) for p in PROMPTS[1:]]
+    assert_idle(it)
+
+
+def while_a_chunk_runs(it, do):
+    """Calls `do` in another thread while each chunk runs, and waits for it."""
+    chunk = it._programs.chunk
+
+    def running(*given, **options):
+        out = chunk(*given, **options)
+        thread = threading.Thread(target=do)
+        thread.start()
+        thread.join()
+        return out
+
+    it._programs = it._programs._replace(chunk=running)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_stream_ends_when_its_answer_is_cancelled_while_a_chunk_runs(asynchronous):
+    it = engine()
+    answer = it.submit(PROMPTS[0], max_new_tokens=NEW)
+    while_a_chunk_runs(it, lambda: answer.token_ids and it.cancel(answer))
+
+    async def read():
+        return [token async for token in it.astream(answer)]
+
+    seen = asyncio.run(read()) if asynchronous else list(it.stream(answer))
+    assert seen == answer.token_ids == expected(PROMPTS[0])[: len(seen)]
+    assert 0 < len(seen) < NEW
+    assert answer.finish_reason == "cancelled"
+    it.run()
+    assert_idle(it)
+
+
+def test_what_a_thread_notes_is_not_lost_in_a_turn():
+    """A cancel is halfway through when the engine, in another thread, takes what was noted: it has to wait for it."""
+    it = engine()
+    answer = it.submit(PROMPTS[0], max_new_tokens=45)
+    it.step()
+    asked, stepper, lock = threading.Event(), threading.Thread(target=it.step), it._notes
+
+    class Notes(dict):
+        def __setitem__(self, *item):
+            stepper.start()
+            assert asked.wait(60)
+            super().__setitem__(*item)
+
+    class Gate:
+        def __enter__(self):
+            if threading.current_thread() is stepper:
+                asked.set()
+            lock.acquire()
+
+        def __exit__(self, *_):
+            lock.release()
+
+    it._notes, it._leaving = Gate(), Notes()
+    assert it.cancel(answer)
+    stepper.join()
+    it.run()
+    assert int(it.service.queue.finish[0]) == pax.Finish.CANCELLED
+    assert it.metrics()["ended"] == 1
+    assert_idle(it)
+
+
+def test_submit_and_cancel_leave_the_device_alone():
+    it = engine()
+    submit_all(it)
+    key = jax.random.key(3)
+    with jax.transfer_guard("disallow_explicit"):
+        answer = it.submit(PROMPTS[0], max_new_tokens=NEW, temperature=0.5, key=key, top_k=3)
+        other = it.submit(PROMPTS[0], max_new_tokens=NEW)
+        it.cancel(answer)
+    own, shared = ({type(x) for x in jax.tree.leaves(entry[1:])} for entry in list(it._backlog)[-2:])
+    assert own == shared == {np.ndarray, type(key)}
+    it.run()
+    assert other.token_ids == expected(PROMPTS[0])
+
+
 def test_streams_run_the_engine_for_all():
     it = engine()
     answers = submit_all(it)
@@ -139,6 +234,8 @@ def test_streams_run_the_engine_for_all():
     assert list(it.stream(answers[5])) == answers[5].token_ids
     with pytest.raises(ValueError, match="another engine"):
         list(engine().stream(answers[7]))
+    with pytest.raises(ValueError, match="another engine"):
+        engine().cancel(answers[7])
 
     async def read(prompt):
         answer = it.submit(prompt, max_new_tokens=NEW)
@@ -171,12 +268,78 @@ def test_metrics_add_up():
     assert all(a.submitted < a.first_token <= a.ended for a in answers)
 
 
+def test_metrics_count_who_runs_and_who_waits_after_a_cancel():
+    it = engine()
+    answers = submit_all(it)[:2]
+    it.step()
+    assert all(map(it.cancel, answers))
+    now = it.metrics()
+    assert (now["running"], now["waiting"], now["ended"]) == (0, 6, 2)
+    it.step()
+    now = it.metrics()
+    assert (now["running"], now["waiting"]) == (2, 4)
+    for answer in (*it._unfinished,):
+        it.cancel(answer)
+    it.run()
+    end = it.metrics()
+    assert (end["running"], end["waiting"], end["ended"]) == (0, 0, 8)
+    assert (end["blocks_used"], end["occupancy"]) == (0, 0)
+    assert_idle(it)
+
+
+def test_who_watches_is_told_the_end_once_and_is_forgotten(monkeypatch):
+    monkeypatch.setattr(module, "LATEST", 3)
+    it, ends = engine(), []
+
+    def note(answer):
+        if answer.finish_reason is not None:
+            ends.append(id(answer))
+        if answer is answers[0] and len(answer.token_ids) == 6:
+            assert answers[1].token_ids  # the same chunk brought some
+            it.cancel(answers[1])
+
+    answers = submit_all(it, on_tokens=note)
+    it.cancel(answers[7])  # in the backlog
+    it.run()
+    assert sorted(ends) == sorted(map(id, answers))
+    last = [a for a in sorted(answers, key=lambda a: a.ended) if a.token_ids][-3:]
+    now = it.metrics()
+    assert now["ended"] == 8
+    assert now["time_to_first_token"] == statistics.median(a.first_token - a.submitted for a in last)
+    assert now["time_per_token"] == statistics.median((a.ended - a.first_token) / (NEW - 1) for a in last)
+    gone = [weakref.ref(answer) for answer in answers]
+    answers = last = None
+    gc.collect()
+    assert [ref() for ref in gone] == [None] * 8
+
+
 def test_a_key_makes_a_sample():
     it = engine()
     key, knobs = jax.random.key(9), {"temperature": 2.0, "max_new_tokens": NEW}
     one, two, other = (it.submit(PROMPTS[0], key=k, **knobs) for k in (key, key, None))
     it.run()
     assert one.token_ids == two.token_ids != other.token_ids
+    with pytest.raises(ValueError, match=r"key is key<fry> \(2,\), must be one key"):
+        it.submit(PROMPTS[0], key=jax.random.split(key), **knobs)
+
+
+def test_without_a_key_a_request_samples_with_its_number():
+    """The numbers are those of the requests that were taken."""
+    it, knobs = engine(seed=5), {"temperature": 2.0, "max_new_tokens": NEW}
+    it.submit(PROMPTS[3], **knobs)  # number 0; so number i is not on line i
+    it.run()
+    numbered = []
+    for prompt in PROMPTS[:3]:
+        with pytest.raises(ValueError, match="prompt_length is 0"):
+            it.submit([], **knobs)
+        numbered.append(it.submit(prompt, **knobs))
+    keys = (jax.random.fold_in(jax.random.key(5), i) for i in itertools.count(1))
+    it.run()
+    known = it._programs.enter._cache_size()
+    keyed = [it.submit(prompt, key=key, **knobs) for prompt, key in zip(PROMPTS[:3], keys, strict=False)]
+    it.run()
+    assert [a.token_ids for a in numbered] == [a.token_ids for a in keyed]
+    assert it._programs.enter._cache_size() == known
 
 
 @pytest.mark.parametrize(
@@ -201,6 +364,8 @@ def test_a_request_that_could_never_finish_is_refused():
     it = engine(num_blocks=9)
     with pytest.raises(ValueError, match="may need 9 blocks of 4 tokens; the pool has 8 to hand out"):
         it.submit([1] * 25, max_new_tokens=10)
+    with pytest.raises(ValueError, match="may need 536870912 blocks of 4 tokens"):
+        it.submit([1], max_new_tokens=2**31 - 1)
     with pytest.raises(TypeError, match="num_beams"):
         it.submit([1], max_new_tokens=1, num_beams=2)
 
@@ -209,3 +374,9 @@ def test_a_request_that_could_never_finish_is_refused():
 def test_bad_sizes_are_refused(option):
     with pytest.raises(ValueError, match=f"{next(iter(option))} is {next(iter(option.values()))}"):
         engine(**option)
+
+
+@pytest.mark.parametrize("name", ["max_num_seqs", "max_model_len", "block_size"])
+def test_sizes_of_nothing_are_refused_by_name(name):
+    with pytest.raises(ValueError, match=f"{name} is 0, must be at least 1"):
+        pax.Engine(CHAIN, **{"max_num_seqs": 2, "max_model_len": 48, name: 0})

@@ -135,6 +135,14 @@ def test_the_oldest_request_is_never_preempted_and_moves_in_every_step():
     assert tokens_of(results(service, LINES)) == alone()
 
 
+def test_steps_are_counted_from_here_even_where_their_number_has_no_bits_left():
+    service, policy = enter(opened(3, 41), requests(), jnp.arange(LINES)), pax.Policy()
+    late = dataclasses.replace(service, stats=dataclasses.replace(service.stats, steps=jnp.int32(2**31 - 3)))
+    (five, _), (also, _) = (advance(s, policy, 5, 7) for s in (service, late))
+    assert int(five.stats.steps) == 5
+    np.testing.assert_array_equal(five.queue.known, also.queue.known)
+
+
 @functools.cache
 def long_run():
     """1,000 requests of lengths 1 to 2000 each way, through a pool that is far too small for the rows."""
@@ -189,6 +197,7 @@ SMALL = {"max_num_seqs": ROWS, "max_model_len": MODEL_LEN, "block_size": 3, "num
 def test_serve_is_all_of_it_and_its_trace_adds_up():
     result = serve(TOY, requests(), **SMALL)
     assert tokens_of(result) == alone()
+    assert result.token_ids.shape == result.logprobs.shape == (LINES, MODEL_LEN)
     assert (result.logprobs < 0).any()
     stats, columns = result.stats, tracing.columns(result.trace, int(result.stats.steps))
     assert columns["prefill_tokens"].sum() + columns["decode_tokens"].sum() == int(stats.tokens_fed)
@@ -350,6 +359,8 @@ def test_a_traced_request_that_can_never_fit_ends_at_once():
         ({}, {"num_blocks": 17}, "request 4 may need 17 blocks of 3 tokens; the pool has 16.*raise num_blocks"),
         ({}, {"max_model_len": 30}, r"prompt \+ max_new_tokens is 52 in row 4; a row holds max_model_len = 30"),
         ({}, {"max_num_batched_tokens": 2}, "max_num_batched_tokens is 2, must be at least max_num_seqs = 3"),
+        ({}, {"block_size": 0}, "block_size is 0, must be at least 1"),
+        ({}, {"max_num_seqs": 0}, "max_num_seqs is 0, must be at least 1"),
         ({"max_new_tokens": 0}, {}, "max_new_tokens is 0"),
         ({"temperature": -1.0}, {}, "temperature is -1"),
         ({"top_p": 0.0}, {}, "top_p is 0"),

@@ -55,6 +55,12 @@ def test_a_request_that_never_fits_is_refused():
     assert [pax.Finish(int(f)).label for f in sim.finish] == [*3 * ["out_of_blocks"], "length"]
 
 
+def test_a_budget_that_serving_refuses_is_refused():
+    sizes = {"block_size": 4, "num_blocks": 40, "max_num_seqs": 4, "max_model_len": 16, "max_num_batched_tokens": 2}
+    with pytest.raises(ValueError, match="max_num_batched_tokens is 2, must be at least max_num_seqs = 4"):
+        simulate(np.ones(4, int), np.full(4, 4), steps=6, **sizes)
+
+
 def test_two_thousand_pools_at_once_are_two_thousand_pools():
     """vmap over draws of lengths and over the watermark, which is a value: one program."""
     pools, rng = 2048, np.random.default_rng(0)
