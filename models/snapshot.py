@@ -31,7 +31,7 @@ from models.recut import Layout, Move, SnapshotError
 from models.weights import CheckpointError
 
 _PACKAGE = "paxattn."
-_SAID = (bool, int, float, str, type(None))
+_PLAIN = (bool, int, float, str, type(None))
 """Types of static fields that JSON gives back as they were."""
 
 
@@ -175,7 +175,7 @@ def _describe(node: Any, name: str, arrays: dict[str, jax.Array]) -> Any:
         value = children[field.name] = getattr(node, field.name)
         if not field.metadata.get("static"):
             children[field.name] = _describe(value, f"{name}.{field.name}", arrays)
-        elif type(value) not in _SAID:
+        elif type(value) not in _PLAIN:
             raise SnapshotError(
                 f"{name}.{field.name} is static and a {type(value).__name__}; of static fields only numbers, strings "
                 "and None come back as they are. Leave it out."
