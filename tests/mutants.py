@@ -186,6 +186,7 @@ MUTANTS = (
     Mutant("pictures: a copy that is let go in its step is nobody's", "paxattn/viz/recording.py", "if holes.any() and not ended.any():", "if False:", VIZ),
     Mutant("pictures: blocks taken from a preempted request are not fresh", "paxattn/viz/recording.py", "((old.refcount == 0) | lost) & (new", "(old.refcount == 0) & (new", VIZ),
     Mutant("pictures: what a preempted request held and another took was not returned", "paxattn/viz/recording.py", "(new.refcount == 0) | lost", "(new.refcount == 0)", VIZ),
+    Mutant("pictures: a film of two batches", "models/watch.py", 'if options.setdefault("max_num_seqs", rows) < rows:', 'if options.get("max_num_seqs", rows) < 0:', "tests/models/test_cli.py::test_whoever_is_watched_sits_in_one_batch"),
     Mutant("pictures: guesses are fed in prefill", "paxattn/viz/recording.py", "np.where(guessing, Phase.SPECULATIVE, phase)", "phase", VIZ),
     Mutant("pictures: a file knows no dark theme", "paxattn/viz/picture.py", "prefers-color-scheme:dark", "min-width:1px", VIZ),
     Mutant("speculation: copies are not counted", "paxattn/decoding/speculative.py", "before.stats.blocks_copied + copied", "before.stats.blocks_copied", VIZ),
