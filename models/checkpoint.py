@@ -65,7 +65,8 @@ def save(
             if tokenizer is not None:
                 tokenizer.save(draft)
             _write_json(draft / CONFIG, config)
-            ocp.save(str(draft / PARAMS), dict(params))
+            if params:  # Orbax writes no empty tree
+                ocp.save(str(draft / PARAMS), dict(params))
             _write_json(draft / MANIFEST, {"version": _VERSION, "files": _inventory(draft)})
             os.rename(draft, path)
     except OSError as error:
@@ -87,7 +88,8 @@ def load(
             saved from.
 
     Raises:
-        CheckpointError: Files are missing, changed or unknown to the manifest: all are listed.
+        CheckpointError: Files are missing, changed or unknown to the manifest: all are listed. Or arrays have 64 bits
+            an element, which are not enabled.
     """
     return open_config(path), read(path, dtype=dtype, sharding=sharding)
 
@@ -100,10 +102,12 @@ def open_config(path: Path) -> dict[str, Any]:
 
 
 def read(path: Path, *, dtype: DTypeLike | None = None, sharding: Placement | None = None) -> dict[str, jax.Array]:
-    """The arrays of a directory that `open_config` found intact; for the arguments see `load`."""
+    """The arrays of a directory that `open_config` found intact; for the arguments and errors see `load`."""
     import orbax.checkpoint.experimental.v1 as ocp
 
     path = path.absolute()
+    if not (path / PARAMS).is_dir():  # the manifest holds: there never were any
+        return {}
     first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
     def target(name: str, saved: Any) -> jax.ShapeDtypeStruct:
@@ -113,7 +117,13 @@ def read(path: Path, *, dtype: DTypeLike | None = None, sharding: Placement | No
 
     # Shapes and dtypes come from the files: the sharding they were saved with may not exist on this machine.
     saved: Any = ocp.metadata(str(path / PARAMS)).metadata
-    params: Any = ocp.load(str(path / PARAMS), {name: target(name, array) for name, array in saved.items()})
+    wanted = {name: target(name, array) for name, array in saved.items()}
+    params: Any = ocp.load(str(path / PARAMS), wanted)
+    if cut := [name for name, array in params.items() if array.dtype != wanted[name].dtype]:
+        raise CheckpointError(
+            f"{path} holds {cut[0]} in {wanted[cut[0]].dtype}, which was read as {params[cut[0]].dtype}; set "
+            "jax_enable_x64 for the whole process (JAX_ENABLE_X64=1)"
+        )
     return params
 
 

@@ -56,7 +56,10 @@ def load(
     path = hub.resolve(source)
     tensors = None
     if checkpoint.is_checkpoint(path):
-        config, tokenizer = LlamaConfig.from_dict(checkpoint.open_config(path)), load_tokenizer(path, None)
+        raw = checkpoint.open_config(path)
+        if "snapshot" in raw:
+            raise CheckpointError(f"{path} holds no model but a snapshot; restore it with models.snapshot.restore.")
+        config, tokenizer = LlamaConfig.from_dict(raw), load_tokenizer(path, None)
     elif path.suffix == ".gguf":
         tensors = open_gguf(path)
         config, tokenizer = tensors.config, load_tokenizer(path, tensors.metadata)

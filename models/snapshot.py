@@ -4,17 +4,20 @@
     restore  manifest checked -> the same model? -> the same state: branch from it as often as you like
              on the devices that it was saved on, or on others: see `models.recut`
 
-Any state of paxattn can be saved: a `Cache`, a batch, a speculation, a beam search, a service, and tuples and dicts of
-them and of arrays. The directory is that of `models.checkpoint`, so a byte that changed is noticed before anything is
-read. Keys and values mean nothing to another model: a fingerprint of its parameters says whose they are.
+Any state of paxattn can be saved: a `Cache`, a batch, a speculation, a beam search, a service, and tuples, lists and
+dicts of them and of arrays; what could not come back as it was is refused before anything is written. The directory is
+that of `models.checkpoint`, so a byte that changed is noticed before anything is read. Keys and values mean nothing to
+another model: a fingerprint of its parameters says whose they are.
 """
 
 import dataclasses
 import hashlib
 import importlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +31,8 @@ from models.recut import Layout, Move, SnapshotError
 from models.weights import CheckpointError
 
 _PACKAGE = "paxattn."
+_PLAIN = (bool, int, float, str, type(None))
+"""Types of static fields that JSON gives back as they were."""
 
 
 def save(path: str | os.PathLike, state: Any, model: pax.Model) -> None:
@@ -35,11 +40,13 @@ def save(path: str | os.PathLike, state: Any, model: pax.Model) -> None:
 
     Args:
       path: the directory to make.
-      state: a pytree of paxattn's structs, tuples, lists, dicts and arrays.
+      state: a pytree of paxattn's structs, plain tuples, lists, dicts with strings as keys, and arrays. Those of NumPy
+        come back as JAX arrays; one whose dtype JAX would change is refused.
       model: whose cache it is; only its fingerprint is stored.
 
     Raises:
-      SnapshotError: there is something at `path`, the state holds what cannot be restored, or is spread over processes.
+      SnapshotError: there is something at `path`, the state holds what could not come back as it was, or is spread over
+        processes. Nothing is written.
     """
     if jax.process_count() > 1:
         raise SnapshotError(f"{jax.process_count()} processes cannot write one snapshot; save it where there is one.")
@@ -50,10 +57,12 @@ def save(path: str | os.PathLike, state: Any, model: pax.Model) -> None:
         checkpoint.save(Path(path), config, arrays)
     except CheckpointError as error:
         raise SnapshotError(str(error)) from error
+    except ValueError as error:
+        raise SnapshotError(f"an array is of no dtype that Orbax stores ({error}); convert it.") from error
 
 
 def restore(path: str | os.PathLike, model: pax.Model, mesh: Mesh | None = None) -> Any:
-    """The state that was saved, every bit of it.
+    """The state that was saved: the same tree, each array of the same shape, dtype and bits.
 
     Args:
       path: a directory that `save` wrote; it may have been moved or copied.
@@ -62,14 +71,15 @@ def restore(path: str | os.PathLike, model: pax.Model, mesh: Mesh | None = None)
         being data=1. Each device reads its part.
 
     Raises:
-      SnapshotError: files are missing or changed, it is no snapshot, another model's, or does not fit the mesh.
+      SnapshotError: files are missing or changed, it is no snapshot, another model's, has dtypes that are not enabled
+        here, or does not fit the mesh.
       models.sharding.MeshError: the model does not.
     """
     try:
         config = checkpoint.open_config(Path(path))
         _check(config, path, model)
         move = Move(Layout(**config["layout"]), mesh, model)
-        pools = _pools(config["snapshot"])
+        pools = {told["array"] for told, pool in _leaves(config["snapshot"]) if pool and "array" in told}
         arrays = checkpoint.read(Path(path), sharding=lambda name, shape: move.place(shape, name in pools))
     except CheckpointError as error:
         raise SnapshotError(str(error)) from error
@@ -84,6 +94,9 @@ def _check(config: dict[str, Any], path: str | os.PathLike, model: pax.Model) ->
             f"{path} was saved with another model ({config['model'][:12]}, this one is {fingerprint(model)[:12]}): "
             "its keys and values mean nothing here. Load the model that it was saved with, in the same dtype."
         )
+    dtypes = {told["dtype"] for told, _ in _leaves(config["snapshot"]) if "dtype" in told}
+    if wide := sorted(dtype for dtype in dtypes if jax.dtypes.canonicalize_dtype(dtype) != dtype):
+        raise SnapshotError(f"{path} holds {', '.join(wide)}, which JAX would cut here; enable jax_enable_x64.")
 
 
 def fingerprint(model: pax.Model) -> str:
@@ -119,41 +132,84 @@ def _checksum(leaf: jax.Array) -> jax.Array:
     return jnp.stack([jnp.sum(bits, dtype=jnp.uint32), jnp.sum(bits * place, dtype=jnp.uint32)])
 
 
-def _pools(told: Any) -> set[str]:
-    """Names of the arrays that are keys and values."""
-    if isinstance(told, dict) and told.get("struct") == "paxattn.cache:KV":
-        return {array["array"] for array in told["fields"].values()}
-    children = told.values() if isinstance(told, dict) else told if isinstance(told, list) else ()
-    return set().union(*map(_pools, children))
+def _leaves(told: Any, pool: bool = False) -> Iterator[tuple[dict[str, Any], bool]]:
+    """What is said of each array of a node, and whether it is keys or values."""
+    match told:
+        case {"struct": str(where), "fields": dict(fields)}:
+            children, pool = list(fields.values()), where == "paxattn.cache:KV"
+        case {"tuple": list(children)} | {"list": list(children)}:
+            pass
+        case {"dict": dict(items)}:
+            children = list(items.values())
+        case {"key": str(), "data": data}:
+            children = [data]
+        case {"array": _} | {"empty": _}:
+            yield told, pool
+            return
+        case _:
+            return
+    for child in children:
+        yield from _leaves(child, pool)
 
 
 def _describe(node: Any, name: str, arrays: dict[str, jax.Array]) -> Any:
     """What JSON can say about a node; its arrays go into `arrays` under names that tell their place."""
-    if dataclasses.is_dataclass(node) and type(node).__module__.startswith(_PACKAGE):
-        fields = {f.name: getattr(node, f.name) for f in dataclasses.fields(node)}
-        static = {f.name for f in dataclasses.fields(node) if f.metadata.get("static")}
-        children = {k: v if k in static else _describe(v, f"{name}.{k}", arrays) for k, v in fields.items()}
-        return {"struct": f"{type(node).__module__}:{type(node).__qualname__}", "fields": children}
-    if isinstance(node, tuple | list):
-        items = [_describe(item, f"{name}.{i}", arrays) for i, item in enumerate(node)]
-        return {type(node).__name__: items}
-    if isinstance(node, dict):
-        return {"dict": {key: _describe(value, f"{name}.{key}", arrays) for key, value in node.items()}}
     if node is None:
         return None
-    if not isinstance(node, jax.Array | np.ndarray | np.generic):
-        raise SnapshotError(f"{name} is a {type(node).__name__}; a snapshot holds arrays and structs of paxattn only.")
-    if isinstance(node, jax.Array) and jnp.issubdtype(node.dtype, jax.dtypes.prng_key):
+    if isinstance(node, jax.Array | np.generic) or type(node) is np.ndarray:
+        return _describe_array(node, name, arrays)
+    if type(node) in (tuple, list):
+        return {type(node).__name__: [_describe(item, f"{name}.{i}", arrays) for i, item in enumerate(node)]}
+    if type(node) is dict:
+        if odd := [key for key in node if type(key) is not str]:
+            raise SnapshotError(f"{name} has the key {odd[0]!r}; the keys of a dict must be strings.")
+        return {"dict": {key: _describe(value, f"{name}.{_quoted(key)}", arrays) for key, value in node.items()}}
+    where = f"{type(node).__module__}:{type(node).__qualname__}"
+    if not dataclasses.is_dataclass(node) or _class(where) is not type(node):
+        raise SnapshotError(
+            f"{name} is a {type(node).__name__}; a snapshot holds arrays and structs of paxattn, in plain tuples, "
+            "lists and dicts."
+        )
+    children = {}
+    for field in dataclasses.fields(node):
+        value = children[field.name] = getattr(node, field.name)
+        if not field.metadata.get("static"):
+            children[field.name] = _describe(value, f"{name}.{field.name}", arrays)
+        elif type(value) not in _PLAIN:
+            raise SnapshotError(
+                f"{name}.{field.name} is static and a {type(value).__name__}; of static fields only numbers, strings "
+                "and None come back as they are. Leave it out."
+            )
+    return {"struct": where, "fields": children}
+
+
+def _describe_array(node: Any, name: str, arrays: dict[str, jax.Array]) -> dict[str, Any]:
+    if jnp.issubdtype(node.dtype, jax.dtypes.prng_key):
         return {"key": str(jax.random.key_impl(node)), "data": _describe(jax.random.key_data(node), name, arrays)}
-    arrays[name] = array = jnp.asarray(node)
+    try:
+        array = jnp.asarray(node)
+    except (TypeError, ValueError) as error:
+        raise SnapshotError(f"{name} is of {node.dtype}, which JAX does not have; leave it out.") from error
+    if array.dtype != node.dtype:
+        raise SnapshotError(
+            f"{name} is of {node.dtype}, which JAX would cut to {array.dtype}; convert it, or enable jax_enable_x64."
+        )
     if not array.size:  # nothing for Orbax to store
-        return {"empty": list(arrays.pop(name).shape), "dtype": str(array.dtype)}
-    return {"array": name}
+        return {"empty": list(array.shape), "dtype": str(array.dtype)}
+    arrays[name] = array
+    return {"array": name, "dtype": str(array.dtype)}
+
+
+def _quoted(key: str) -> str:
+    """A key as a part of a name: no dot, so that {"a.b": ...} and {"a": {"b": ...}} have names of their own."""
+    return quote(key, safe="", errors="surrogatepass").replace(".", "%2E")
 
 
 def _rebuild(told: Any, arrays: dict[str, jax.Array]) -> Any:
     """The node that `_describe` described."""
     match told:
+        case None:
+            return None
         case {"struct": str(where), "fields": dict(fields)}:
             return _struct(where, fields, arrays)
         case {"tuple": list(items)}:
@@ -168,19 +224,25 @@ def _rebuild(told: Any, arrays: dict[str, jax.Array]) -> Any:
             return jnp.zeros(shape, dtype)
         case {"array": str(name)}:
             return arrays[name]
-    return told
+    raise SnapshotError(f"the snapshot holds {told!r}, unknown here; restore it with the version that saved it.")
 
 
 def _struct(where: str, fields: dict[str, Any], arrays: dict[str, jax.Array]) -> Any:
-    module, _, name = where.partition(":")
-    try:
-        cls = getattr(importlib.import_module(module), name) if module.startswith(_PACKAGE) else None
-        known = {f.name: f.metadata.get("static") for f in dataclasses.fields(cls)}  # type: ignore
-    except (ImportError, AttributeError, TypeError):
-        known = {}
-    if known.keys() != fields.keys():
+    cls = _class(where)
+    known = {} if cls is None else {f.name: f.metadata.get("static") for f in dataclasses.fields(cls)}
+    if cls is None or known.keys() != fields.keys():
         raise SnapshotError(
             f"the snapshot holds a {where} of {', '.join(fields)}; here it has {', '.join(known) or 'no such struct'}: "
             "restore it with the version of paxattn that saved it."
         )
-    return cls(**{k: v if known[k] else _rebuild(v, arrays) for k, v in fields.items()})  # type: ignore
+    return cls(**{k: v if known[k] else _rebuild(v, arrays) for k, v in fields.items()})
+
+
+def _class(where: str) -> Any:
+    """The struct of paxattn of that module and name; None where there is none."""
+    module, _, name = where.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), name) if module.startswith(_PACKAGE) else None
+    except (ImportError, AttributeError):
+        return None
+    return found if isinstance(found, type) and dataclasses.is_dataclass(found) else None

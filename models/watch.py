@@ -18,9 +18,19 @@ def watch(lm: LM, prompts: Sequence[Prompt], **options: Any) -> pax.viz.Recordin
 
     Args:
       lm: the model.
-      prompts: texts or token ids, one row each.
-      **options: see `LM.batches`.
+      prompts: texts or token ids; a row each, or a row for each of their beams or samples.
+      **options: see `LM.batches`; `max_num_seqs` is what the prompts take by default.
+
+    Raises:
+      ValueError: `max_num_seqs` is less: two batches have two pools, which are no one film.
     """
+    group = max(options.get("num_beams", 1), options.get("num_return_sequences", 1))
+    rows = len(prompts) * group
+    if options.setdefault("max_num_seqs", rows) < rows:
+        raise ValueError(
+            f"max_num_seqs is {options['max_num_seqs']}, but what is watched is one batch, here of {rows} rows; leave "
+            "it out, or watch fewer prompts."
+        )
     film, drawn, live = pax.viz.Recording(), "", sys.stdout.isatty()
     for state, _ in lm.batches(prompts, steps=1, **options):
         if not film.frames:

@@ -70,3 +70,13 @@ def test_it_begins_with_a_question_and_ends_with_a_figure(path):
     shown = [kind for output in code[-1]["outputs"] for kind in output.get("data", {})]
     assert {"text/html", "image/png"} & set(shown)
     assert path.stat().st_size < 400_000
+
+
+@pytest.mark.parametrize("option", ["soft_cap", "sliding_window"])
+def test_the_kernel_of_the_sixth_raises_on_what_it_does_not_do(option):
+    """What is asked for by name runs or raises, in an example too."""
+    (source,) = [s for cell in cells(NOTEBOOKS[5], "code") if "def gather_all" in (s := "".join(cell["source"]))]
+    names: dict = {}
+    exec(ast.unparse(ast.parse(source).body[0]), names)
+    with pytest.raises(NotImplementedError, match=rf"no {option} \(4\)"):
+        names["gather_all"](*[None] * 6, scale=1.0, **{option: 4})

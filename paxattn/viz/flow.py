@@ -5,7 +5,8 @@
     Decode       24 tokens fed in 8 steps        3 pages appended     - 3
     Fork         2 rows forked, 1 copy           6 cells shared       - 1
     Speculative  16 tokens guessed, 9 held       2 pages cut off      - 4  + 2
-    Free         3 rows ended                    emptied              + 11
+    Evict        4 pages let go in 3 steps       cells emptied        + 4
+    Free         3 rows ended                    emptied              + 7
 
 What leaves the pool and what returns to it adds up, over the phases, to what the allocator counted.
 """
@@ -14,7 +15,7 @@ import dataclasses
 
 import numpy as np
 
-from paxattn.viz.picture import Picture, box, label, legend
+from paxattn.viz.picture import Picture, box, label, legend, many
 from paxattn.viz.recording import Moves, Phase, Recording
 
 
@@ -37,41 +38,48 @@ def phases(film: Recording) -> list[Row]:
         return sum(int(np.sum(getattr(move, name))) for move in moves)
 
     def steps(phase: Phase) -> str:
-        return _many(sum(bool((move.phase == phase).any()) for move in moves), "step")
+        return many(sum(bool((move.phase == phase).any()) for move in moves), "step")
 
     fed, taken = ([sum(part) for part in zip(*map(of, moves), strict=True)] for of in (_fed, _taken))
-    copies, dropped, back, preempted = map(total, ("copies", "dropped", "rolled_back", "preempted"))
+    copies, dropped, back, evicted, preempted = map(total, ("copies", "dropped", "rolled_back", "evicted", "preempted"))
     died = dropped if total("joined") and not preempted else 0  # beams; a service has none
     lost = dropped if preempted else 0
-    given_back = total("freed") - back - died - lost
+    given_back = total("freed") - back - died - lost - evicted
+    letting_go = sum(move.holes > 0 for move in moves)
     guess = f"{total('guessed')} tokens guessed, " if total("guessed") else ""
     rows = [
-        Row(
-            "Prefill", f"{fed[0]} tokens fed in {steps(Phase.PREFILL)}", f"{_many(taken[0], 'page')} written", taken[0]
-        ),
-        Row("Decode", f"{fed[1]} tokens fed in {steps(Phase.DECODE)}", f"{_many(taken[1], 'page')} appended", taken[1]),
+        Row("Prefill", f"{fed[0]} tokens fed in {steps(Phase.PREFILL)}", f"{many(taken[0], 'page')} written", taken[0]),
+        Row("Decode", f"{fed[1]} tokens fed in {steps(Phase.DECODE)}", f"{many(taken[1], 'page')} appended", taken[1]),
         Row(
             "Fork",
-            f"{_many(total('joined'), 'row')} forked, {copies} copied on write",
-            f"{_many(total('shared_cells'), 'cell')} shared, {copies} replaced",
+            f"{many(total('joined'), 'row')} forked, {copies} copied on write",
+            f"{many(total('shared_cells'), 'cell')} shared, {copies} replaced",
             copies,
             died,
         ),
         Row(
             "Speculative" if guess else "Roll back",
             f"{guess}{total('rejected')} rolled back",
-            f"{_many(taken[2], 'page')} appended, {back} cut off",
+            f"{many(taken[2], 'page')} appended, {back} cut off",
             taken[2],
             back,
         ),
-        Row("Preempt", f"{_many(preempted, 'request')} sent back to wait", "rows emptied", 0, lost),
-        Row("Free", f"{_many(total('ended'), 'row')} ended", "rows emptied", 0, given_back),
+        Row(
+            "Evict",
+            f"{many(total('holes'), 'page')} let go in {many(letting_go, 'step')}",
+            "cells emptied, rows go on",
+            0,
+            evicted,
+        ),
+        Row("Preempt", f"{many(preempted, 'request')} sent back to wait", "rows emptied", 0, lost),
+        Row("Free", f"{many(total('ended'), 'row')} ended", "rows emptied", 0, given_back),
     ]
     happened = (
         fed[0],
         fed[1],
         total("joined") + copies,
         total("guessed") + total("rejected"),
+        letting_go,
         preempted,
         total("ended") + given_back,
     )
@@ -128,7 +136,3 @@ def _text(lines: list[tuple[str, ...]]) -> str:
 
 def _signed(row: Row) -> str:
     return "  ".join(sign + str(count) for sign, count in (("-", row.taken), ("+", row.returned)) if count) or "0"
-
-
-def _many(count: int, noun: str) -> str:
-    return f"{count} {noun}" + ("" if count == 1 else "s")

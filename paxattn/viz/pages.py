@@ -2,15 +2,19 @@
 
     pool    |.AAAB CC*A....|               one place a block, in the order of their ids
     rows    A: [ 1 | 2 | 3 | 8 ]           the page table, a row a line
+            B: [ 4 :   :   : 5 ]           pages that were evicted are holes: an outline, nothing in it
 
 A shared block shows the colours of its first and last holder; a pointer that rests on a block reads its count.
 """
 
+import itertools
+
 import numpy as np
 
 from paxattn.blocks import NULL
+from paxattn.decoding.eviction import holes as holes_of
 from paxattn.pages import PageTable
-from paxattn.viz.picture import Picture, box, hue, label, legend, letter
+from paxattn.viz.picture import Picture, box, hue, label, legend, letter, many
 
 _SIZES = ((128, 32, 20), (640, 48, 14), (2560, 64, 11))
 """Up to so many blocks: so many a line, each of so many pixels; beyond that 100 of 7."""
@@ -27,19 +31,24 @@ def page_map(table: PageTable, *, width: int = 64) -> Picture:
       width: blocks a line of the text version.
     """
     pages, refcount = np.asarray(table.pages), np.asarray(table.blocks.refcount)
-    length = np.asarray(table.length)
+    length, holes = np.asarray(table.length), np.asarray(holes_of(table))
     used, shared = int(np.sum(refcount[1:] > 0)), int(np.sum(refcount > 1))
     head = f"{used} of {refcount.size - 1} blocks of {table.block_size} tokens in use"
     rows = [row for row in range(length.size) if length[row]]
     pool, bottom = _pool(pages, refcount)
-    lanes, bottom = _lanes(pages, length, rows, table.block_size, bottom + 22)
+    lanes, bottom = _lanes(pages, length, holes, rows, table.block_size, bottom + 22)
     key = [(hue(0), "", "a colour a row"), ("url(#shared)", "", "shared"), (_FAINT, "", "free")]
+    key += [(_HOLE, "", "evicted")] if holes.any() else []
     body = f"{_SHARED}{label(0, 14, f'{head}, {shared} shared')}{pool}{lanes}{legend(0, bottom + 18, key)}"
-    text = _text(pages, refcount, length, rows, width, f"{head} (a letter a row, * shared, . free)")
-    return Picture(f"Page map: {head}, {shared} shared by several rows.", _ACROSS, bottom + 28, body, text)
+    lines = [f"{head} (a letter a row, * shared, . free)", *_text_pool(pages, refcount, width)]
+    lines += [_text_row(row, pages[row], length[row], holes[row], table.block_size) for row in rows]
+    title = f"Page map: {head}, {shared} shared by several rows."
+    return Picture(title, _ACROSS, bottom + 28, body, "\n".join(lines))
 
 
 _FAINT = 'currentColor" fill-opacity=".13'
+_PALE = ' fill-opacity=".3"'
+_HOLE = 'none" stroke="currentColor" stroke-opacity=".6" stroke-dasharray="3 2'
 _SHARED = (
     '<linearGradient id="shared" x2="1" y2="1"><stop offset=".5" stop-color="#4c78a8"/>'
     '<stop offset=".5" stop-color="#f58518"/></linearGradient>'
@@ -84,25 +93,32 @@ def _holders(pages: np.ndarray, num_blocks: int) -> tuple[np.ndarray, np.ndarray
     return first, last
 
 
-def _lanes(pages, length, rows: list[int], block_size: int, top: int) -> tuple[str, int]:
+def _lanes(pages, length, holes, rows: list[int], block_size: int, top: int) -> tuple[str, int]:
     """A line for each row: its pages in order, the tail filled as far as it is; also where the drawing ends."""
     count = -(-length // block_size)
     widest = max(count[rows[:_ROWS]], default=1)
-    step = 30 if widest <= _PAGES else (_ACROSS - 150) / widest
+    step = 30 if widest <= _PAGES else (_ACROSS - (190 if holes.any() else 150)) / widest
     parts = []
     for row in rows[:_ROWS]:
-        whole, full = count[row] * step, length[row] / block_size * step
-        hover = "" if step == 30 else f"{count[row]} pages"
         parts.append(label(38, top + 13, letter(row), anchor="end"))
-        parts.append(box(44, top, whole, 17, hue(row), hover, ' fill-opacity=".3"'))
-        parts.append(box(44, top, full, 17, hue(row), more=' pointer-events="none"'))
+        for start, end, hole in _runs(holes[row, : count[row]]):
+            x, whole = 44 + start * step, (end - start) * step
+            if hole:
+                inset, hover = min(1.5, whole / 4), f"{many(end - start, 'page')} evicted"
+                parts.append(box(x + inset, top + 1.5, whole - 2 * inset, 14, _HOLE, hover, ' pointer-events="all"'))
+                continue
+            full = (min(end, length[row] / block_size) - start) * step
+            parts.append(box(x, top, whole, 17, hue(row), "" if step == 30 else many(end - start, "page"), _PALE))
+            parts.append(box(x, top, full, 17, hue(row), more=' pointer-events="none"'))
         for page, block in enumerate(pages[row, : count[row]] if step == 30 else ()):
             x = 44 + page * step
             part = length[row] / block_size - page
-            name = label(x + 15, top + 13, block, anchor="middle", size=11)
-            parts.append(f'<g fill="{"#fff" if part > 0.6 else "currentColor"}">{name}</g>')
+            if not holes[row, page]:
+                name = label(x + 15, top + 13, block, anchor="middle", size=11)
+                parts.append(f'<g fill="{"#fff" if part > 0.6 else "currentColor"}">{name}</g>')
             parts.append(f'<path d="M{x + 30} {top}v17" stroke="currentColor" stroke-opacity=".6"/>')
-        parts.append(label(44 + whole + 6, top + 13, f"{length[row]} tokens", size=11, faint=True))
+        words = _tokens(length[row], holes[row], block_size)
+        parts.append(label(44 + count[row] * step + 6, top + 13, words, size=11, faint=True))
         top += 22
     if rows[_ROWS:]:
         parts.append(label(44, top + 12, f"and {len(rows) - _ROWS} rows more", faint=True))
@@ -110,15 +126,30 @@ def _lanes(pages, length, rows: list[int], block_size: int, top: int) -> tuple[s
     return "".join(parts), top
 
 
-def _text(pages, refcount, length, rows: list[int], width: int, head: str) -> str:
+def _runs(holes: np.ndarray) -> list[tuple[int, int, bool]]:
+    """Pages of a row that are alike, from one to before another, and whether they are holes."""
+    edges = [0, *(np.flatnonzero(holes[1:] != holes[:-1]) + 1).tolist(), holes.size]
+    return [(start, end, bool(holes[start])) for start, end in itertools.pairwise(edges)]
+
+
+def _tokens(length: int, holes: np.ndarray, block_size: int) -> str:
+    """How long a row is, and how many of its tokens are held where pages were evicted."""
+    held = length - int(holes.sum()) * block_size
+    return f"{length} tokens" if held == length else f"{held} of {length} tokens"
+
+
+def _text_pool(pages, refcount, width: int) -> list[str]:
+    """A character a block."""
     cells = np.full(refcount.size, ".")
     for row, held in enumerate(pages):
         cells[held[held != NULL]] = letter(row)
     cells[refcount > 1] = "*"
     cells = cells[1:]  # NULL is nobody's
-    lines = ["".join(cells[at : at + width]) for at in range(0, cells.size, width)]
-    lanes = []
-    for row in rows:
-        blocks = " ".join(map(str, pages[row][pages[row] != NULL]))
-        lanes.append(f"  row {letter(row)}: {int(length[row]):5d} tokens in {blocks}")
-    return "\n".join([head, *(f"  |{line}|" for line in lines), *lanes])
+    return [f"  |{''.join(cells[at : at + width])}|" for at in range(0, cells.size, width)]
+
+
+def _text_row(row: int, pages, length: int, holes, block_size: int) -> str:
+    """The ids of a row's blocks, and how many pages were evicted between them."""
+    runs = _runs(holes[: -(-length // block_size)])
+    parts = [f"({end - start} evicted)" if hole else " ".join(map(str, pages[start:end])) for start, end, hole in runs]
+    return f"  row {letter(row)}: {_tokens(length, holes, block_size):>12} in {' '.join(parts)}"

@@ -87,3 +87,8 @@ def hue(row: int) -> str:
 def letter(row: int) -> str:
     """The name of a row."""
     return LETTERS[row % len(LETTERS)]
+
+
+def many(count: int, noun: str) -> str:
+    """A count and what is counted."""
+    return f"{count} {noun}" + ("" if count == 1 else "s")

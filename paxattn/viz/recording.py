@@ -4,7 +4,7 @@
     state = film.see(start(...))            see: a frame is kept, its argument is returned
     state = film.see(advance(..., steps=1))
 
-    frame t  --moves: who fed in which phase, forked, copied, was rolled back, preempted, ended-->  frame t + 1
+    frame t  --moves: who fed in which phase, forked, copied, was rolled back, evicted, preempted, ended-->  frame t + 1
 
 Anything with a page table can be seen: a `PageTable`, a `Cache`, a batch, a beam search, a service. What happened is
 derived from two frames and the run's own counters; nothing is recorded twice, and nothing on the device changes.
@@ -63,6 +63,11 @@ class Frame:
         """Blocks with several holders."""
         return int(np.sum(self.refcount > 1))
 
+    @property
+    def holes(self) -> np.ndarray:
+        """Bool [B, P]: pages that a row has given back while it lives."""
+        return (np.arange(self.pages.shape[1]) * self.block_size < self.length[:, None]) & (self.pages == NULL)
+
 
 @dataclasses.dataclass(frozen=True)
 class Moves:
@@ -82,6 +87,8 @@ class Moves:
     prefilled: int  # blocks that went to rows which were fed a prompt
     guessed: int
     rolled_back: int  # blocks that held nothing but rejected guesses
+    holes: int  # pages that rows let go and went on
+    evicted: int  # blocks that came back by it; one that others hold stays with them
     dropped: int  # blocks given back otherwise by rows that had not ended: beams that died, preempted requests
 
 
@@ -123,19 +130,24 @@ def frame(state: PageTable | Cache | State | Search | Service) -> Frame:
 
 def between(old: Frame, new: Frame) -> Moves:
     """What turned one frame into the next."""
-    fresh_block = (old.refcount == 0) & (new.refcount > 0)
-    given_back = (old.refcount > 0) & (new.refcount == 0)
+    preempted = np.array([bool(on) and line in new.waiting for on, line in zip(old.running, old.line, strict=True)])
+    lost = _held_by(old, preempted)  # before the step took any, maybe the same ones
+    fresh_block = ((old.refcount == 0) | lost) & (new.refcount > 0)
+    given_back = (old.refcount > 0) & (new.refcount == 0) | lost
     gained = (new.pages != old.pages) & (new.pages != NULL)
     fresh = gained & fresh_block[new.pages] & _first_holder(new.pages)
     foreign = gained & ~fresh & ~_held_before(old, new) & (new.refcount[new.pages] > 1)
     joined = foreign.any(axis=1)
     tail = np.arange(old.pages.shape[1]) == (old.length // old.block_size)[:, None]
     copied = fresh & tail & (old.length % old.block_size > 0)[:, None]
-    preempted = np.array([bool(on) and line in new.waiting for on, line in zip(old.running, old.line, strict=True)])
     ended = old.running & ~new.running & ~preempted
 
     cut = (new.length < old.length) & (new.length > 0) & ~joined & (new.counters is None)
-    of_cut, of_ended = (given_back & np.isin(np.arange(given_back.size), old.pages[rows]) for rows in (cut, ended))
+    came = _came(old, new)[:, None]
+    holes = new.holes & ~(old.holes & ~came) & ~joined[:, None]
+    let_go = holes & (old.pages != NULL) & ~came
+    passing = holes & ~let_go & (new.counters is not None)  # came and went within the step
+    of_cut, of_ended, of_holes = (given_back & _held_by(old, cells) for cells in (cut, ended, let_go))
     tally = _since(old.tally, new.tally) or dict.fromkeys(TALLY, np.zeros(joined.size, int))
     phase = np.where(preempted, Phase.IDLE, _phase(old, new, tally["steps"] > 0, joined))
     seen = {
@@ -145,6 +157,11 @@ def between(old: Frame, new: Frame) -> Moves:
         "blocks_copied": copied.sum(),
     }
     counted = _since(old.counters, new.counters) or seen  # a run counts what comes and goes within a step, too
+    rolled_back = int(tally["blocks_rolled_back"].sum() + of_cut.sum())
+    dropped = int((given_back & ~of_cut & ~of_ended & ~of_holes).sum())
+    evicted = int(of_holes.sum() + passing.sum())
+    if holes.any() and not ended.any():  # nobody else gave any: a copy that went in the step that made it counts, too
+        evicted = int(counted["blocks_freed"]) - rolled_back - dropped
     return Moves(
         phase=phase,
         joined=joined,
@@ -157,16 +174,31 @@ def between(old: Frame, new: Frame) -> Moves:
         freed=int(counted["blocks_freed"]),
         copies=int(counted["blocks_copied"]),
         shared_cells=int(np.maximum(new.refcount - np.maximum(old.refcount, 1), 0).sum()),
-        prefilled=int((fresh & ~copied)[phase == Phase.PREFILL].sum()),
+        prefilled=int((fresh & ~copied | passing)[phase == Phase.PREFILL].sum()),
         guessed=int(tally["drafted"].sum()),
-        rolled_back=int(tally["blocks_rolled_back"].sum() + of_cut.sum()),
-        dropped=int((given_back & ~of_cut & ~of_ended).sum()),
+        rolled_back=rolled_back,
+        holes=int(holes.sum()),
+        evicted=evicted,
+        dropped=dropped,
     )
 
 
 def _since(old: dict[str, Any] | None, new: dict[str, Any] | None) -> dict[str, Any] | None:
     """Counters now less those before; None where nothing counts."""
     return new and {name: value - (old[name] if old else 0) for name, value in new.items()}
+
+
+def _held_by(frame: Frame, cells: np.ndarray) -> np.ndarray:
+    """Bool [N]: blocks that some of these cells, or rows, point at."""
+    held = np.zeros(frame.refcount.size, bool)
+    held[frame.pages[cells]] = True
+    held[NULL] = False
+    return held
+
+
+def _came(old: Frame, new: Frame) -> np.ndarray:
+    """Rows that began, or that another request sits on."""
+    return new.running & (~old.running | (old.line != new.line))
 
 
 def _first_holder(pages: np.ndarray) -> np.ndarray:
@@ -184,7 +216,7 @@ def _held_before(old: Frame, new: Frame) -> np.ndarray:
 
 def _phase(old: Frame, new: Frame, guessing: np.ndarray, joined: np.ndarray) -> np.ndarray:
     """What each row did: one that had several tokens pending, or none cached, was fed a prompt."""
-    came = new.running & (~old.running | (old.line != new.line))
+    came = _came(old, new)
     pending = np.where(came, 2, old.known - old.length)
     if new.counters is None:  # a bare table: nobody knows what is pending, but the row grew by it
         pending = new.length - old.length

@@ -6,6 +6,7 @@ import pytest
 
 import models
 from models.cli import main
+from models.lm import LM
 from models.watch import watch
 from paxattn.ablation import runs
 from tests.paths import GOLDEN
@@ -149,6 +150,21 @@ def test_watching_draws_the_fullest_map_or_every_one_in_place(capsys, monkeypatc
     assert "row A  |pdddd||" in out
     assert "Decode  | 10 tokens fed in 5 steps" in out
     assert out.count("\x1b[") == (2 * (len(film.frames) - 2) if live else 0)
+
+
+def test_whoever_is_watched_sits_in_one_batch(monkeypatch):
+    """By default as many rows as it takes, though other batches end earlier."""
+    monkeypatch.setitem(LM.batches.__kwdefaults__, "max_num_seqs", 1)
+    lm = models.load(TINY)
+    film = watch(lm, [[1, 2, 3], [4]], block_size=4, max_new_tokens=6, eos_token_id=())
+    assert film.moves[-1].ended.tolist() == [True, True]
+    for options in ({"max_num_seqs": 1}, {"max_num_seqs": 3, "num_beams": 2}):
+        with pytest.raises(
+            ValueError, match=r"max_num_seqs is .*one batch, here of . rows; leave it out, or watch fewer"
+        ):
+            watch(lm, [[1], [2]], **options)
+    with pytest.raises(ValueError, match="no prompt was given"):
+        watch(lm, [])
 
 
 @pytest.mark.parametrize(

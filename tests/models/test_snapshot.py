@@ -1,5 +1,6 @@
 """Snapshots: what goes on from a restored state is what would have gone on, and nothing else is ever gone on from."""
 
+import collections
 import dataclasses
 import functools
 import json
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import models
 import paxattn as pax
 from models import checkpoint, snapshot
 from paxattn.decoding import beam, speculative
@@ -118,12 +120,51 @@ def test_any_tree_of_states_and_arrays(tmp_path):
         "cache": pax.Cache(table, ()),
         "drafting": drafting,
         "list": [jnp.bfloat16(1.5), None],
-        "tuple": (odd, keys, np.zeros((0, 3))),
+        "tuple": (odd, keys, np.zeros((0, 3), np.float32)),
     }
     snapshot.save(tmp_path / "tree", tree, CHAIN)
     restored = snapshot.restore(tmp_path / "tree", CHAIN)
     assert_same(restored, jax.tree.map(jnp.asarray, tree))
     assert jax.random.key_impl(restored["tuple"][1]) == "rbg"
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {
+            "a.b": jnp.ones(2),
+            "a": {"b": jnp.zeros(3), "": {"": jnp.arange(3)}},
+            "a%2Eb": jnp.arange(2),
+            "/": jnp.ones(1),
+        },
+        {"none": jnp.zeros((0, 3)), "pool": pax.KV(*jnp.zeros((2, 0, 1, 4, 1)))},
+        (),
+    ],
+    ids=["keys that look alike", "arrays without elements", "nothing"],
+)
+def test_states_of_odd_shape(state, tmp_path):
+    snapshot.save(tmp_path / "state", state, CHAIN)
+    assert_same(snapshot.restore(tmp_path / "state", CHAIN), state)
+
+
+def test_sixty_four_bits_come_back_or_are_refused(tmp_path):
+    """Orbax reads in threads of its own, which know the setting of the process alone."""
+    state = np.array([2**40 + 5]), np.zeros(0)
+    with jax.enable_x64(True):
+        snapshot.save(tmp_path / "wide", state, CHAIN)
+        with pytest.raises(
+            snapshot.SnapshotError, match=r"holds state\.0 in int64, which was read as int32; set jax_enable"
+        ):
+            snapshot.restore(tmp_path / "wide", CHAIN)
+    with pytest.raises(
+        snapshot.SnapshotError, match="holds float64, int64, which JAX would cut here; enable jax_enable"
+    ):
+        snapshot.restore(tmp_path / "wide", CHAIN)
+    jax.config.update("jax_enable_x64", True)
+    try:
+        assert_same(snapshot.restore(tmp_path / "wide", CHAIN), state)
+    finally:
+        jax.config.update("jax_enable_x64", False)
 
 
 IN_ANOTHER_PROCESS = """
@@ -217,10 +258,48 @@ def test_nothing_is_overwritten(saved):
         snapshot.save(saved, jnp.ones(3), CHAIN)
 
 
-def test_what_cannot_be_restored_is_not_saved(tmp_path):
-    with pytest.raises(snapshot.SnapshotError, match=r"state.0.1 is a Chain; a snapshot holds arrays and structs"):
-        snapshot.save(tmp_path / "no", ((jnp.ones(3), CHAIN),), CHAIN)
+def test_a_snapshot_is_no_model(saved):
+    with pytest.raises(
+        models.CheckpointError, match=r"step5 holds no model but a snapshot; restore it with models.snap"
+    ):
+        models.load(saved)
+
+
+Pair = collections.namedtuple("Pair", "a b")
+
+
+@pytest.mark.parametrize(
+    ("part", "words"),
+    [
+        (CHAIN, "is a Chain; a snapshot holds arrays and structs"),
+        (Pair(jnp.ones(1), jnp.ones(1)), "is a Pair; a snapshot holds arrays and structs of paxattn, in plain tuples"),
+        (collections.OrderedDict(a=jnp.ones(1)), "is a OrderedDict; "),
+        (np.ma.array([1.0, 2.0]), "is a MaskedArray; "),
+        (3, "is a int; "),
+        ({1: jnp.ones(1)}, "has the key 1; the keys of a dict must be strings"),
+        (np.array([2**40 + 5]), "is of int64, which JAX would cut to int32; convert it, or enable jax_enable_x64"),
+        (np.ones(2), "is of float64, which JAX would cut to float32"),
+        (np.zeros((0, 3)), "is of float64, which JAX would cut to float32"),
+        (np.array(["a"]), "is of <U1, which JAX does not have; leave it out"),
+        (pax.sinks_and_window(1, 4), "score is static and a SinksAndWindow; of static fields only numbers"),
+    ],
+)
+def test_what_cannot_be_restored_is_not_saved(part, words, tmp_path):
+    with pytest.raises(snapshot.SnapshotError, match=f"^state.0.1[ .]{words}"):
+        snapshot.save(tmp_path / "parent" / "no", ((jnp.ones(3), part),), CHAIN)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dtype_that_orbax_does_not_store_is_refused(tmp_path):
+    with pytest.raises(snapshot.SnapshotError, match=r"of no dtype that Orbax stores \(.*uint4.*\); convert it"):
+        snapshot.save(tmp_path / "no", jnp.ones(3, "uint4"), CHAIN)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("told", [{"dict": [], "more": 1}, {"Pair": []}, 3, "a"])
+def test_what_another_version_described_is_refused(told):
+    with pytest.raises(snapshot.SnapshotError, match="unknown here; restore it with the version that saved it"):
+        snapshot._rebuild(told, {})
 
 
 @pytest.mark.parametrize("where", ["paxattn.blocks:Blocks", "paxattn.blocks:Gone", "paxattn.gone:X", "os:PathLike"])

@@ -13,6 +13,8 @@ import pytest
 import paxattn as pax
 from paxattn import viz
 from paxattn.decoding import beam, speculative
+from paxattn.decoding.eviction import Forgetful, SinksAndWindow, evicted
+from paxattn.decoding.step import step
 from paxattn.serving.loop import most, open_service, run
 from paxattn.serving.queue import put
 from paxattn.viz.picture import HUES
@@ -41,21 +43,27 @@ def verbs():
     return film, middle
 
 
+@jax.jit
+def turn_evicting(service, window):
+    """An iteration; one program for every window."""
+    evict = pax.Eviction(SinksAndWindow(2, window))
+    return run(CHAIN, service, budget=16, policy=pax.Policy(), steps=1, evict=evict)
+
+
 @functools.cache
-def served():
+def served(window=99):
     """14 requests over 6 rows and a pool that is too small for them: admissions and preemptions."""
     rng = np.random.default_rng(0)
     ids, length = prompts(rng.integers(2, 20, 14).tolist())
     new = jnp.asarray(rng.integers(3, 40, 14), jnp.int32)
-    service = open_service(CHAIN, lines=14, max_num_seqs=6, max_model_len=64, num_blocks=31, block_size=4)
+    service = open_service(CHAIN, lines=14, max_num_seqs=6, max_model_len=64, num_blocks=19, block_size=4)
     line = jnp.arange(14, dtype=jnp.int32)
     queue = put(service.queue, pax.Requests.create(ids, length, max_new_tokens=new), line, line, most(service))
     service = dataclasses.replace(service, queue=queue)
-    turn = jax.jit(lambda s: run(CHAIN, s, budget=16, policy=pax.Policy(), steps=1))
     film = viz.Recording()
     film.see(service)
     while bool(service.queue.unfinished.any()):
-        service = film.see(turn(service))
+        service = film.see(turn_evicting(service, window))
     return film, service.stats, int(service.queue.preemptions.sum())
 
 
@@ -86,6 +94,34 @@ def whole():
     while bool(state.running.any()):
         state = film.see(turn(state))
     return film, state.stats, state.tally
+
+
+def served_evicting():
+    """The same with rows that give blocks back while they live; still too small."""
+    return served(6)
+
+
+@functools.cache
+def evicting():
+    """Two samples of each of two prompts under eviction; shared tails are copied, and go as soon as they are full."""
+    film, hook, given = viz.Recording(), pax.sinks_and_window(2, 1), 0
+    state = pax.start(CHAIN, *prompts((9, 21)), max_new_tokens=jnp.array([12, 8]), max_model_len=40, block_size=2,
+                      num_return_sequences=2)  # fmt: skip
+    film.see(state)
+    state = film.see(jax.jit(lambda s: pax.fan_out(CHAIN, s, group=2, budget=32))(state))
+    feed, evict = jax.jit(lambda s: step(Forgetful(CHAIN), s, budget=16)), jax.jit(lambda s: evicted(s, hook))
+    while bool(state.running.any()):
+        state = feed(state)
+        before = int(state.stats.blocks_freed)
+        state = film.see(evict(state))
+        given += int(state.stats.blocks_freed) - before
+    return film, state.stats, given
+
+
+def with_holes(*lengths):
+    """A table of blocks of two tokens whose rows keep two sinks and a window of four."""
+    t, _, _ = pax.append(table(48, 2, len(lengths), 64), jnp.array(lengths))
+    return pax.sinks_and_window(2, 4)(pax.Cache(t, ())).table
 
 
 def hovers(svg):
@@ -126,6 +162,35 @@ def test_the_text_version():
         "  row C:    11 tokens in 1 2 3"
     )
     assert repr(viz.page_map(t, width=6)).splitlines()[1:3] == ["  |**CBBA|", "  |.....|"]
+
+
+def test_holes_are_drawn_as_holes():
+    t = with_holes(18, 3, 23)
+    assert str(viz.page_map(t)).splitlines()[-3:] == [
+        "  row A: 6 of 18 tokens in 1 (6 evicted) 8 9",
+        "  row B:     3 tokens in 10 11",
+        "  row C: 5 of 23 tokens in 12 (9 evicted) 22 23",
+    ]
+    svg = viz.page_map(t).svg()
+    assert re.findall(r'<g fill="[^"]+"><text [^>]+>(\d+)</text>', svg) == ["1", "8", "9", "10", "11", "12", "22", "23"]
+    outlines = re.findall(r'<rect x="([\d.]+)" y="[\d.]+" width="([\d.]+)"[^>]*fill="none"[^>]*><title>([^<]+)', svg)
+    assert outlines == [("75.5", "177", "6 pages evicted"), ("75.5", "267", "9 pages evicted")]
+    assert [float(width) for width in bars(svg, HUES[0])] == [30, 60]
+    assert [float(width) for width in bars(svg, HUES[2])] == [30, 45]
+    assert svg.count(">evicted<") == 1
+    assert "evicted" not in viz.page_map(verbs()[1]).svg(), "where there are none the legend does not name them"
+
+
+def test_holes_of_rows_too_long_to_name_their_blocks():
+    svg = viz.page_map(with_holes(60, 9)).svg()
+    assert [float(width) / 19 for width in bars(svg, HUES[0])] == [1, 2]
+    assert "<title>27 pages evicted</title>" in svg
+    assert "6 of 60 tokens" in svg
+
+
+def bars(svg, fill):
+    """Widths of what is filled of a row."""
+    return re.findall(rf'width="([\d.]+)" height="17" fill="{fill}" pointer-events="none"', svg)
 
 
 def test_a_notebook_shows_tables_and_caches_as_page_maps():
@@ -169,7 +234,7 @@ def test_a_copy_is_no_page_of_a_prompt():
     assert (move.allocated, move.copies, move.prefilled) == (2, 1, 1)
 
 
-@pytest.mark.parametrize("make", [served, searched, whole])
+@pytest.mark.parametrize("make", [served, served_evicting, evicting, searched, whole])
 def test_frames_and_counters_agree(make):
     film, stats = make()[:2]
     for old, new, move in zip(film.frames, film.frames[1:], film.moves, strict=False):
@@ -179,7 +244,7 @@ def test_frames_and_counters_agree(make):
         assert sum(getattr(m, name) for m in film.moves) == int(counted), name
 
 
-@pytest.mark.parametrize("make", [verbs, served, searched, whole])
+@pytest.mark.parametrize("make", [verbs, served, served_evicting, evicting, searched, whole])
 def test_what_the_phases_take_and_return_adds_up(make):
     film = make()[0]
     rows = viz.phases(film)
@@ -188,8 +253,42 @@ def test_what_the_phases_take_and_return_adds_up(make):
     assert all(row.taken >= 0 <= row.returned for row in rows)
 
 
-def test_preemptions_are_those_of_the_queue():
-    film, _, preemptions = served()
+def test_evicted_blocks_are_those_of_the_hook():
+    film, stats, given = evicting()
+    rows = {row.phase: row for row in viz.phases(film)}
+    assert rows["Evict"].returned == given > 0
+    assert rows["Evict"].operation == f"{sum(m.holes for m in film.moves)} pages let go in 5 steps"
+    assert rows["Free"].returned == int(stats.blocks_freed) - given
+    assert (rows["Prefill"].taken, rows["Decode"].taken) == (16, 16), "what went in the step that took it counts"
+    assert rows["Fork"].returned == 0
+
+
+@pytest.mark.parametrize("make", [served, served_evicting])
+def test_rows_that_go_give_back_what_they_held(make):
+    """One that ended: the pages of its text, less the holes. One that was preempted: its cells."""
+    film = make()[0]
+    ended = preempted = 0
+    for old, move in zip(film.frames, film.moves, strict=False):
+        ended += (-(-old.known // 4) - old.holes.sum(axis=1))[move.ended].sum()
+        preempted += (old.pages[move.preempted] > 0).sum()
+    rows = {row.phase: row for row in viz.phases(film)}
+    assert (rows["Free"].returned, rows["Preempt"].returned) == (ended, preempted)
+    assert ("Evict" in rows) == (make is served_evicting)
+
+
+def test_a_table_by_hand_evicts_too():
+    film = viz.Recording()
+    t = film.see(pax.append(table(48, 2, 2, 64), jnp.array([18, 0]))[0])
+    t = film.see(pax.sinks_and_window(2, 4)(pax.Cache(t, ())).table)
+    t = film.see(pax.fork(t, jnp.array([0, 0])))
+    film.see(pax.free(t, jnp.ones(2, bool)))
+    assert [(m.holes, m.evicted, m.freed) for m in film.moves] == [(6, 6, 6), (0, 0, 0), (0, 0, 3)]
+    assert [(row.phase, row.returned) for row in viz.phases(film)] == [("Fork", 0), ("Evict", 6), ("Free", 3)]
+
+
+@pytest.mark.parametrize("make", [served, served_evicting])
+def test_preemptions_are_those_of_the_queue(make):
+    film, _, preemptions = make()
     assert sum(int(m.preempted.sum()) for m in film.moves) == preemptions > 0
     assert sum(int(m.ended.sum()) for m in film.moves) == 14
     assert "Preempt" in [row.phase for row in viz.phases(film)]
@@ -220,8 +319,9 @@ def test_the_whole_flow_has_the_phases_of_the_chapter():
 
 def pictures():
     _, middle = verbs()
-    films = [make()[0] for make in (verbs, served, searched, whole)]
-    return [viz.page_map(middle), viz.page_map(table()), *map(viz.timeline, films), *map(viz.flow, films)]
+    films = [make()[0] for make in (verbs, served, served_evicting, evicting, searched, whole)]
+    maps = [viz.page_map(t) for t in (middle, table(), with_holes(18, 3, 23), with_holes(60, 9))]
+    return [*maps, *map(viz.timeline, films), *map(viz.flow, films)]
 
 
 def test_pictures_are_well_formed_and_self_contained(tmp_path):
