@@ -118,6 +118,21 @@ def test_options_of_batches_are_never_dropped(options, message):
             tiny.generate([[5], [6], [7]], max_new_tokens=2, max_num_seqs=rows, **options)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"max_new_tokens": -3}, "max_new_tokens is -3"),
+        ({"num_blocks": 2}, "blocks that the prompt takes is 3; the pool has 1"),
+    ],
+)
+def test_a_mesh_loses_no_check(options, message):
+    """Whose programs see these as traced values."""
+    tiny = models.load(GOLDEN / "tiny_llama", mesh=pax.make_mesh(1, 1))
+    with pytest.raises(ValueError, match=message):
+        tiny.generate([[5], [5] * 40], **options)
+
+
 def test_a_text_is_one_prompt(lm, whole):
     (answer,) = lm.generate(TEXT, chat=False, max_new_tokens=30).outputs
     assert answer.token_ids == whole.token_ids
