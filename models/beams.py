@@ -68,6 +68,11 @@ def options(
     if num_beams == 1:
         if (length_penalty, early_stopping) != (1.0, False):
             raise ValueError("length_penalty and early_stopping belong to beam search; give num_beams above 1.")
+        if num_return_sequences > 1 and not np.any(sampling.get("temperature", 0.0)):
+            raise ValueError(
+                f"num_return_sequences is {num_return_sequences} at temperature 0, where all answers are the same; "
+                "give a temperature above 0, or as many num_beams."
+            )
         return None
     if num_return_sequences > num_beams:
         raise ValueError(f"num_return_sequences is {num_return_sequences}, at most num_beams = {num_beams} exist.")

@@ -14,10 +14,9 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Generator, Sequence
 
-from models import ablate, hosts, serve_bench
+from models import ablate, arguments, hosts, serve_bench
 
 EXAMPLES = """examples:
   paxattn generate "What is a page table?" "Write a haiku about memory."
@@ -63,80 +62,9 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
         return sub
 
-    def add_dtype(sub: argparse.ArgumentParser) -> None:
-        sub.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of weights and cache")
-
-    generate = command("generate", "Answer prompts, all in one batch.")
-    add = generate.add_argument
-    add("text", nargs="*", metavar="TEXT", help="a prompt; several are answered together")
-    add("--prompt-file", type=Path, help="one prompt a line; of a .jsonl file the field 'prompt'")
-    add(
-        "--prompt-ids",
-        action="append",
-        default=[],
-        metavar="1,2,3",
-        help="raw token ids, no template; repeatable",
-    )
-    add(
-        "--model",
-        default="smollm2-135m",
-        metavar="SRC",
-        help="directory, .gguf, Orbax directory, hub id or name",
-    )
-    add(
-        "--chat",
-        action=argparse.BooleanOptionalAction,
-        help="use the chat template (default: where there is one)",
-    )
-    add("--max-new-tokens", type=int, default=64, metavar="N")
-    add("--temperature", type=float, default=0.0, help="0 is greedy")
-    add("--top-k", type=int, default=0, metavar="K", help="0 turns it off")
-    add("--top-p", type=float, default=1.0, metavar="P", help="1 turns it off")
-    add("--min-p", type=float, default=0.0, metavar="P", help="0 turns it off")
-    add("--repetition-penalty", type=float, default=1.0, metavar="X", help="1 turns it off")
-    add("--num-return-sequences", type=int, default=1, metavar="M", help="answers a prompt; all are shown, best first")
-    add("--num-beams", type=int, default=1, metavar="N", help="above 1: beam search")
-    add("--length-penalty", type=float, default=1.0, metavar="P", help="beam score: log-probability / length ** P")
-    add("--early-stopping", default="false", choices=("false", "true", "never"), help="when beam search may stop")
-    add("--seed", type=int, default=0)
-    add("--speculate", metavar="HOW", help="guess and verify: ngram, self:M (first M layers), draft:SRC (a checkpoint)")
-    add("--evict", metavar="HOW", help="give blocks back while rows live: sinks:S,window:W or window:W, in tokens")
-    add("--num-speculative-tokens", type=int, default=4, metavar="K", help="tokens guessed a step at most")
-    add(
-        "--stop",
-        action="append",
-        default=[],
-        metavar="STRING",
-        help="end an answer before this text; repeatable",
-    )
-    add("--block-size", type=int, default=16, metavar="S", help="tokens a block of the cache")
-    add("--num-blocks", type=int, metavar="N", help="blocks in the pool (default: enough for all rows)")
-    add("--max-num-seqs", type=int, default=64, metavar="B", help="rows of a batch at most")
-    add(
-        "--max-num-batched-tokens",
-        type=int,
-        default=512,
-        metavar="T",
-        help="tokens a prefill step feeds at most",
-    )
-    add("--attention", default="auto", metavar="NAME", help="auto, xla or reference")
-    add("--mesh", metavar="data=D,model=M", help="all devices of all processes: data shards x devices a model")
-    add("--stream", action="store_true", help="print a single answer as it grows")
-    add("--show-pages", action="store_true", help="draw the page map where the pool was fullest")
-    add_dtype(generate)
-
-    inspect = command("inspect", "Show a checkpoint's configuration and what its cache costs.")
-    inspect.add_argument("source", metavar="SRC")
-    inspect.add_argument("--block-size", type=int, default=16, metavar="S")
-    inspect.add_argument("--watch", nargs="+", metavar="TEXT", help="answer these and draw the page map on the way")
-    inspect.add_argument("--max-new-tokens", type=int, default=32, metavar="N", help="of each answer that is watched")
-    add_dtype(inspect)
-
-    convert = command("convert", "Write an Orbax directory with a sha256 manifest.")
-    convert.add_argument("source", metavar="SRC")
-    convert.add_argument("target", metavar="DST", type=Path)
-    add_dtype(convert)
-
+    arguments.add_generate(command("generate", "Answer prompts, all in one batch."))
+    arguments.add_inspect(command("inspect", "Show a checkpoint's configuration and what its cache costs."))
+    arguments.add_convert(command("convert", "Write an Orbax directory with a sha256 manifest."))
     serve_bench.add_arguments(command("serve-bench", "Serve a workload of requests and say how fast it went."))
     ablate.add_arguments(command("ablate", "Sweep block size or any other field: memory, sharing, speed."))
     return top
@@ -155,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except (ValueError, OSError, RuntimeError, ImportError) as error:
+    except (ValueError, OSError, RuntimeError, ImportError, MemoryError, OverflowError) as error:
         print(f"paxattn: {error}", file=sys.stderr)
         return 2
 
@@ -163,14 +91,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _prompts(options: argparse.Namespace) -> list[str | list[int]]:
     prompts: list[str | list[int]] = list(options.text)
     if options.prompt_file is not None:
-        lines = options.prompt_file.read_text().splitlines()
-        try:
-            is_json = options.prompt_file.suffix == ".jsonl"
-            prompts += [json.loads(line)["prompt"] if is_json else line for line in lines if line.strip()]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{options.prompt_file}: each line must be an object with a 'prompt' ({error})."
-            ) from error
+        text = options.prompt_file.read_text("utf-8")
+        lines = [line for line in text.split("\n") if line.strip()]  # splitlines splits where JSON goes on
+        prompts += map(_read_json, lines) if options.prompt_file.suffix == ".jsonl" else lines
     for ids in options.prompt_ids:
         try:
             prompts.append([int(token) for token in ids.split(",")])
@@ -181,8 +104,21 @@ def _prompts(options: argparse.Namespace) -> list[str | list[int]]:
     return prompts
 
 
+def _read_json(line: str) -> str | list[int]:
+    try:
+        prompt = json.loads(line)["prompt"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        prompt = None
+    if isinstance(prompt, str) or (isinstance(prompt, list) and all(type(token) is int for token in prompt)):
+        return prompt
+    raise ValueError(f"a line is {line[:80]!r}, must be an object whose 'prompt' is a text or a list of token ids.")
+
+
 def _generate(options: argparse.Namespace) -> int:
     prompts = _prompts(options)
+    beside = [f"--{name}" for name in ("stream", "json", "mesh") if getattr(options, name)]
+    if options.show_pages and beside:
+        raise ValueError(f"--show-pages draws the pages of one device below the answers; leave out {beside[0]}.")
     if options.stream and (options.json or len(prompts) > 1):
         raise ValueError("--stream prints one answer as text; give one prompt and leave out --json.")
     knobs = ("chat", "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
@@ -195,13 +131,9 @@ def _generate(options: argparse.Namespace) -> int:
     import models
     from paxattn.viz import page_map
 
-    if options.mesh and options.show_pages:
-        raise ValueError("--show-pages draws the pages of one device; leave out --mesh.")
     lm = models.load(options.model, dtype=options.dtype, mesh=hosts.open_mesh(options))
     if options.stream:
-        for piece in lm.stream(prompts[0], stop_strings=options.stop, **settings):
-            print(piece, end="", flush=True)
-        print()
+        _print_stream(lm.stream(prompts[0], stop_strings=options.stop, **settings))
         return 0
     fullest, drawing = -1, ""
 
@@ -211,7 +143,7 @@ def _generate(options: argparse.Namespace) -> int:
             fullest, drawing = used, page_map(state.cache.table)
 
     if options.show_pages:
-        settings |= {"watch": draw, "steps": 8}
+        settings |= {"watch": draw, "steps": 1}
     run = lm.generate(prompts, stop_strings=options.stop, **settings)
     outputs, stats = run.outputs, run.stats
     if options.json:
@@ -226,13 +158,27 @@ def _generate(options: argparse.Namespace) -> int:
         for answer in output.sequences or [output]:
             score = f"[{answer.score:.4f}] " if isinstance(answer, models.Scored) else ""
             print(f"{score}{answer.text if answer.text is not None else answer.token_ids}")
-        if output.finish_reason not in ("stop", "length"):
-            print(f"[ended early: {output.finish_reason}]")
+        _print_end(output.finish_reason)
     if options.show_pages:
-        print(f"\npage map when the pool was fullest\n{drawing}")
+        none = "nothing to draw: every answer ended in the step that fed its prompt, and gave its pages back"
+        print(f"\npage map when the pool was fullest\n{drawing if fullest else none}")
     if hosts.is_first():
         print(f"\n{_summary(stats)}", file=sys.stdout if options.show_pages else sys.stderr)
     return 0
+
+
+def _print_stream(pieces: Generator[str, None, str]) -> None:
+    while True:
+        try:
+            print(next(pieces), end="", flush=True)
+        except StopIteration as end:
+            print()
+            return _print_end(end.value)
+
+
+def _print_end(reason: str) -> None:
+    if reason not in ("stop", "length"):
+        print(f"[ended early: {reason}]")
 
 
 def _summary(stats: dict) -> str:
@@ -287,8 +233,8 @@ def _inspect(options: argparse.Namespace) -> int:
         "block_size": options.block_size,
         "block_bytes": block,
         "free_bytes": free,
-        "blocks_that_fit": free // block,
-        "tokens_that_fit": free // block * options.block_size,
+        "blocks_that_fit": None if free is None else free // block,
+        "tokens_that_fit": None if free is None else free // block * options.block_size,
     }
     if options.json:
         print(json.dumps(facts))
@@ -297,17 +243,22 @@ def _inspect(options: argparse.Namespace) -> int:
         print(f"{name:28} {value}")
     print(f"\n{facts['parameters']:,} parameters, {size / 1e6:,.1f} MB in {options.dtype}")
     print(f"{spec.bytes_per_token:,} bytes of K and V a token, {block:,} a block of {options.block_size}")
+    if free is None:
+        print("how many blocks fit is unknown: this system does not say how much memory is free")
+        return 0
     print(f"{facts['blocks_that_fit']:,} blocks ({facts['tokens_that_fit']:,} tokens) fit in {free / 1e9:,.1f} GB free")
     return 0
 
 
-def _free_memory() -> int:
-    """Bytes that the cache could take: the accelerator's, or the machine's on a CPU."""
+def _free_memory() -> int | None:
+    """Bytes that the cache could take: the accelerator's, or the machine's on a CPU; None where nobody says."""
     import jax
 
     stats = jax.devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"] - stats["bytes_in_use"]
+    if "SC_AVPHYS_PAGES" not in getattr(os, "sysconf_names", {}):  # macOS, Windows
+        return None
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 

@@ -258,7 +258,7 @@ def _config(metadata: Mapping[str, Any], stored: Mapping[str, _Tensor], factors:
     for key, wanted in (_FIXED | alike).items():
         if own.get(key, wanted) != wanted:
             raise ConfigError(f"llama.{key} is {own[key]!r}; only {wanted!r} is implemented for this model.")
-    ends = metadata.get("tokenizer.ggml.eos_token_id")
+    ends = (metadata.get(f"tokenizer.ggml.{end}_token_id") for end in ("eos", "eot", "eom"))  # of text, turn, message
     return LlamaConfig(
         vocab_size=vocab,
         hidden_size=width,
@@ -274,7 +274,7 @@ def _config(metadata: Mapping[str, Any], stored: Mapping[str, _Tensor], factors:
         tie_word_embeddings="output.weight" not in stored,
         sliding_window=own.get("attention.sliding_window"),
         bos_token_id=metadata.get("tokenizer.ggml.bos_token_id"),
-        eos_token_id=() if ends is None else (ends,),
+        eos_token_id=tuple(dict.fromkeys(end for end in ends if end is not None)),
         rope=_rope(own, size, factors),
     )
 

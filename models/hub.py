@@ -29,6 +29,7 @@ from models.weights import CheckpointError
 
 DEFAULT_MODEL = "smollm2-135m"
 HUB_FILES = ("*.safetensors", "*.json", "*.jinja")
+HUB_SECOND_COPY = ("*consolidated*.safetensors",)  # the same weights under Mistral's own names
 FORMS = f"a directory, a .gguf file, {DEFAULT_MODEL!r} or a Hugging Face id org/name[@revision]"
 
 _HUB_ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[\w./-]+))?")
@@ -192,7 +193,8 @@ def _snapshot(repo: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(HUB_FILES)))
+        patterns = {"allow_patterns": list(HUB_FILES), "ignore_patterns": list(HUB_SECOND_COPY)}
+        return Path(snapshot_download(repo, revision=revision, **patterns))
     except (OSError, ValueError) as error:
         at = f" at revision {revision!r}" if revision else ""
         raise SourceError(

@@ -10,7 +10,8 @@ compile nothing.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+import operator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ import numpy as np
 import paxattn as pax
 from models import beams
 from models.batch import Batch, Run, bucket, eos_set, merge, saving
+from models.checks import check
 from models.eviction import eviction as eviction_of
 from models.lanes import Lanes, over
 from models.llama import Llama
@@ -35,9 +37,10 @@ MAX_NUM_SEQS = 64
 """Rows of a batch, by default."""
 
 _BATCH_ONLY = {
-    "num_return_sequences", "num_beams", "length_penalty", "early_stopping", "speculate", "num_speculative_tokens",
+    "num_return_sequences": 1, "num_beams": 1, "length_penalty": 1.0, "early_stopping": False, "speculate": None,
+    "num_speculative_tokens": 4,
 }  # fmt: skip
-"""Options of batches alone; the engine's rows are not tied to one another."""
+"""Options of batches alone, with their defaults; the engine's rows are not tied to one another."""
 
 _advance = jax.jit(pax.advance, static_argnames=("budget", "attention", "shared"), donate_argnames="state")
 _fan_out = jax.jit(pax.fan_out, static_argnames=("group", "budget", "attention"), donate_argnames="state")
@@ -70,29 +73,33 @@ class LM:
     def encode(self, prompt: Prompt, *, chat: bool | None = None) -> list[int]:
         """Token ids of a prompt: text through the chat template (by default where there is one), ids as they are."""
         if not isinstance(prompt, str):
-            return [int(token) for token in prompt]
+            try:
+                return [operator.index(token) for token in prompt]
+            except TypeError as error:
+                raise ValueError(
+                    f"a prompt is {prompt!r}, must be a text or a list of token ids, which are integers; "
+                    "one prompt of ids is given as [ids]."
+                ) from error
         if self.tokenizer is None:
             raise ValueError(f"{self.name} has no tokenizer: give token ids, or put tokenizer.json beside the weights.")
         chat = self.tokenizer.has_chat_template if chat is None else chat
         return self.tokenizer.encode_chat(prompt) if chat else self.tokenizer.encode(prompt)
 
-    def generate(self, prompts: Sequence[Prompt], *, watch: Callable[[Any], None] | None = None, **options: Any) -> Run:
+    def generate(
+        self, prompts: str | Sequence[Prompt], *, watch: Callable[[Any], None] | None = None, **options: Any
+    ) -> Run:
         """Answers prompts: in one batch, or through the engine where there are more than `max_num_seqs`.
 
         On a mesh: batch by batch, `max_num_seqs` rows a data shard.
 
         Args:
-          prompts: texts, or token ids.
+          prompts: texts, or token ids; a text by itself is one prompt.
           watch: called on the host with each state, of the batch or of the engine, that it sees; see `steps`.
           **options: see `batches`.
         """
-        grouped = any(options.get(name, 1) > 1 for name in ("num_beams", "num_return_sequences"))
-        if (
-            len(prompts) > options.get("max_num_seqs", MAX_NUM_SEQS)
-            and not grouped
-            and options.get("speculate") is None
-            and self.mesh is None
-        ):
+        prompts = [prompts] if isinstance(prompts, str) else prompts
+        untied = self.mesh is None and all(options.get(name, value) == value for name, value in _BATCH_ONLY.items())
+        if untied and len(prompts) > options.get("max_num_seqs", MAX_NUM_SEQS):
             return self._generate_many(prompts, watch, **{k: v for k, v in options.items() if k not in _BATCH_ONLY})
         outputs, stats = [], {}
         for state, batch in self.batches(prompts, **options):
@@ -112,77 +119,72 @@ class LM:
         *,
         chat: bool | None = None,
         max_new_tokens: int = 64,
+        seed: int = 0,
         stop_strings: Sequence[str] = (),
         eos_token_id: int | Sequence[int] | None = None,
+        block_size: int = 16,
+        num_blocks: int | None = None,
         max_num_seqs: int = MAX_NUM_SEQS,
+        max_num_batched_tokens: int = MAX_NUM_BATCHED_TOKENS,
+        attention: str = "auto",
         steps: int | None = None,
-        **options: Any,
+        evict: pax.Eviction | str | None = None,
+        **sampling: Any,
     ) -> Run:
-        encoded = self._encode_all(prompts, chat, max_new_tokens, max_num_seqs, stop_strings, steps)
+        sizes = {"block_size": block_size, "num_blocks": num_blocks, "max_num_seqs": max_num_seqs}
+        sizes |= {"max_num_batched_tokens": max_num_batched_tokens, "steps": steps}
+        text = {"max_new_tokens": max_new_tokens, "stop_strings": stop_strings}
+        encoded = self._encode_all(prompts, chat, sampling=sampling, **text, **sizes)
         eos = self.model.config.eos_token_id if eos_token_id is None else eos_token_id
         batch = Batch(self.tokenizer, encoded, max_new_tokens, tuple(stop_strings), eos_set(eos))
-        options["evict"] = eviction_of(options.get("evict"), self.model.config)
-        defaults = {"seed": 0, "block_size": 16, "num_blocks": None, "attention": "auto"}
-        defaults |= {"max_num_batched_tokens": MAX_NUM_BATCHED_TOKENS, "steps": steps or 8}
-        options = defaults | options
-        run = answer_many(self._packed, batch, eos_token_id=eos, max_num_seqs=max_num_seqs, watch=watch, **options)
+        sizes |= {"steps": steps or 8, "evict": eviction_of(evict, self.model.config)}
+        options = {"eos_token_id": eos, "seed": seed, "attention": attention, "watch": watch, **sampling}
+        run = answer_many(self._packed, batch, **sizes, **options)
         return Run(run.outputs, run.stats | {"sharing_saving": saving(run.stats)})
 
-    def _encode_all(self, prompts, chat, max_new_tokens, max_num_seqs, stop_strings, steps) -> list[list[int]]:
-        """Token ids of all prompts; refuses what no batch could answer."""
-        encoded = [self.encode(prompt, chat=chat) for prompt in prompts]
-        if not encoded:
-            raise ValueError("no prompt was given; at least one is needed.")
-        for i, ids in enumerate(encoded):
-            if not ids:
-                raise ValueError(f"prompt {i} is empty; give at least one token.")
-            if bad := [token for token in ids if not 0 <= token < self.model.vocab_size]:
-                raise ValueError(f"a token id is {bad[0]} in prompt {i}; ids are in [0, {self.model.vocab_size}).")
-        if max_num_seqs < 1:
-            raise ValueError(f"max_num_seqs is {max_num_seqs}, must be at least 1.")
-        if stop_strings and self.tokenizer is None:
+    def _encode_all(self, prompts: Sequence[Prompt], chat: bool | None, **options: Any) -> list[list[int]]:
+        """Token ids of all prompts; refuses, before anything runs, what no batch could answer."""
+        if options["stop_strings"] and self.tokenizer is None:
             raise ValueError(f"{self.name} has no tokenizer, so stop_strings cannot be seen.")
-        longest = max(map(len, encoded)) + max_new_tokens
-        limit = self.model.config.max_position_embeddings
-        if longest > limit:
-            raise ValueError(
-                f"prompt + max_new_tokens is {longest} tokens, the model was made for max_position_embeddings = "
-                f"{limit}; shorten the prompt or ask for fewer."
-            )
-        if steps is not None and steps < 1:
-            raise ValueError(f"steps is {steps}, must be at least 1.")
+        encoded = [self.encode(prompt, chat=chat) for prompt in prompts]
+        check(self.model, encoded, **options)
         return encoded
 
-    def stream(self, prompt: Prompt, *, steps: int = 4, **options: Any) -> Iterator[str]:
-        """Yields the answer to one prompt in pieces as it grows; their concatenation is the whole text."""
+    def stream(self, prompt: Prompt, *, steps: int = 4, **options: Any) -> Generator[str, None, str]:
+        """Yields the answer to one prompt in pieces as it grows; their concatenation is the whole text.
+
+        What the generator returns, as `yield from` gives it, is the finish reason.
+        """
         if self.tokenizer is None:
             raise ValueError(f"{self.name} has no tokenizer, so there is no text to stream.")
         if options.get("num_beams", 1) > 1 or options.get("num_return_sequences", 1) > 1:
             raise ValueError("a stream is one answer that only grows; leave out num_beams and num_return_sequences.")
         sent = 0
         detokenizer = Detokenizer(self.tokenizer)
-        text = ""
+        text, reason = "", ""
         for state, batch in self.batches([prompt], steps=steps, **options):
             if batch.done(state):
-                whole = batch.outputs(state)[0].text
-                assert whole is not None
-                if whole[len(text) :]:
-                    yield whole[len(text) :]
-                return
-            if batch.stop_strings:  # a later token may complete one: nothing is given out before the end
-                continue
-            tokens = batch.new_tokens(state)[0]
-            piece = detokenizer.push(batch.visible(tokens[sent:]))
-            sent = len(tokens)
-            if piece:
-                text += piece
-                yield piece
+                answer = batch.outputs(state)[0]
+                assert answer.text is not None
+                if answer.text[len(text) :]:
+                    yield answer.text[len(text) :]
+                reason = answer.finish_reason
+            elif not batch.stop_strings:  # a later token may complete one: nothing is given out before the end
+                tokens = batch.new_tokens(state)[0]
+                piece = detokenizer.push(batch.visible(tokens[sent:]))
+                sent = len(tokens)
+                if piece:
+                    text += piece
+                    yield piece
+        return reason
 
     def logits(self, ids: Sequence[int], *, block_size: int = 16, attention: str = "auto") -> jax.Array:
         """float32 [T, V]: scores after each token of `ids`, fed through the paged cache in one step."""
         width = len(ids)
         if not width:
             raise ValueError("ids is empty; give at least one token.")
+        if block_size < 1:
+            raise ValueError(f"block_size is {block_size}, must be at least 1.")
         bad = [t for t in ids if not 0 <= t < self.model.vocab_size]
         if bad:
             raise ValueError(f"token id {bad[0]} is outside the vocabulary [0, {self.model.vocab_size}).")
@@ -195,7 +197,7 @@ class LM:
 
     def batches(
         self,
-        prompts: Sequence[Prompt],
+        prompts: str | Sequence[Prompt],
         *,
         chat: bool | None = None,
         max_new_tokens: int = 64,
@@ -220,10 +222,10 @@ class LM:
         """Runs the prompts batch by batch and yields each state that the host gets to see.
 
         Args:
-          prompts: texts, or token ids.
+          prompts: texts, or token ids; a text by itself is one prompt.
           chat: through the chat template; by default where the model has one.
           max_new_tokens: of each answer.
-          num_return_sequences: answers a prompt: samples, or the best of its beams.
+          num_return_sequences: answers a prompt: samples, which need a temperature, or the best of its beams.
           num_beams: above 1, beam search; it takes neither sampling knobs nor stop strings.
           length_penalty: of beam search, as in `paxattn.beam_search`.
           early_stopping: of beam search, likewise.
@@ -241,9 +243,11 @@ class LM:
           evict: gives blocks back while rows live: sinks:S,window:W or window:W, or an `Eviction`. By default none.
           **sampling: temperature, top_k, top_p, min_p, repetition_penalty.
         """
-        encoded = self._encode_all(prompts, chat, max_new_tokens, max_num_seqs, stop_strings, steps)
-        if block_size < 1:
-            raise ValueError(f"block_size is {block_size}, must be at least 1.")
+        prompts = [prompts] if isinstance(prompts, str) else prompts
+        limits = {"block_size": block_size, "num_blocks": num_blocks, "max_num_seqs": max_num_seqs}
+        limits |= {"max_num_batched_tokens": max_num_batched_tokens, "steps": steps}
+        text = {"max_new_tokens": max_new_tokens, "stop_strings": stop_strings}
+        encoded = self._encode_all(prompts, chat, sampling=sampling, **text, **limits)
         search = beams.options(num_beams, num_return_sequences, length_penalty, early_stopping, stop_strings, sampling)
         group = num_beams if search else num_return_sequences
         if group > max_num_seqs:
@@ -271,8 +275,8 @@ class LM:
             for row, tokens in enumerate(rows):
                 ids[row, : len(tokens)] = tokens
             budget = pax.prefill_budget((lanes.hand, width), max_num_batched_tokens)
-            prompts = [tokens for tokens in rows for _ in range(group)]
-            batch = Batch(self.tokenizer, prompts, max_new_tokens, tuple(stop_strings), eos_set(eos), group)
+            lines = [tokens for tokens in rows for _ in range(group)]
+            batch = Batch(self.tokenizer, lines, max_new_tokens, tuple(stop_strings), eos_set(eos), group)
             given = self._packed, *lanes.deal((jnp.asarray(ids), jnp.array(list(map(len, rows)), jnp.int32)))
             size = pool_size(lanes.hand, width, new, group, block_size, width + new)
             sizes: dict[str, Any] = {

@@ -81,14 +81,26 @@ def load(
 
 
 def read_config(path: Path) -> LlamaConfig:
-    """config.json of a Hugging Face directory, with the eos ids of generation_config.json where it has them."""
-    try:
-        raw = json.loads((path / "config.json").read_text())
-        extra = path / "generation_config.json"
-        eos = json.loads(extra.read_text()).get("eos_token_id") if extra.is_file() else None
-    except (OSError, json.JSONDecodeError, AttributeError) as error:
-        raise CheckpointError(f"{path} has no readable config.json ({error}); is it a model directory?") from error
+    """config.json of a Hugging Face directory, with the eos ids of generation_config.json where it has them.
+
+    Raises:
+      CheckpointError: one of the two cannot be read.
+      ConfigError: what it says cannot be used.
+    """
+    raw = _object(path / "config.json", "is this a model directory?")
+    extra = path / "generation_config.json"
+    eos = _object(extra, "fetch it again, or remove it.").get("eos_token_id") if extra.is_file() else None
     return LlamaConfig.from_dict(raw if eos is None else {**raw, "eos_token_id": eos})
+
+
+def _object(path: Path, instead: str) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); {instead}") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} holds {type(found).__name__}, must be a JSON object; {instead}")
+    return found
 
 
 def _from_orbax(path: Path, dtype: jnp.dtype, mesh: Mesh | None) -> Init:

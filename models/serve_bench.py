@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 
 import paxattn as pax
 from models import hosts
+from models.arguments import add_dtype, int32, int64
 from models.lanes import Lanes
 from models.llama import random_llama
 from models.load import load
@@ -30,22 +31,25 @@ from models.shapes import CONFIGS
 from paxattn.serving.loop import check_requests, mixed_budget, most, open_service, run
 from paxattn.serving.queue import put
 
+SHAPES = "135M"
+"""Of random weights, by default."""
+
 
 def add_arguments(sub: argparse.ArgumentParser) -> None:
     """Options of the command."""
     add = sub.add_argument
-    add("--shapes", default="135M", choices=CONFIGS, help="random weights of these shapes")
+    add("--shapes", choices=CONFIGS, help=f"random weights of these shapes (default {SHAPES})")
     add("--model", metavar="SRC", help="a checkpoint instead of random weights")
-    add("--dtype", default="float32", choices=("float32", "bfloat16"), help="of weights and cache")
-    add("--requests", type=int, default=256, metavar="R")
-    add("--low", type=int, default=100, metavar="N", help="shortest prompt and answer")
-    add("--high", type=int, default=1024, metavar="N", help="longest prompt and answer")
-    add("--seed", type=int, default=0, help="of lengths and prompts")
-    add("--max-num-seqs", type=int, default=256, metavar="B", help="rows at most")
-    add("--num-blocks", type=int, metavar="N", help="blocks in the pool (default: enough for all rows)")
-    add("--block-size", type=int, default=16, metavar="S", help="tokens a block of the cache")
-    add("--max-num-batched-tokens", type=int, default=2048, metavar="T", help="token axis of steps with prompts")
-    add("--steps", type=int, default=32, metavar="K", help="steps a chunk")
+    add_dtype(sub)
+    add("--requests", type=int32, default=256, metavar="R")
+    add("--low", type=int32, default=100, metavar="N", help="shortest prompt and answer")
+    add("--high", type=int32, default=1024, metavar="N", help="longest prompt and answer")
+    add("--seed", type=int64, default=0, help="of lengths and prompts")
+    add("--max-num-seqs", type=int32, default=256, metavar="B", help="rows at most")
+    add("--num-blocks", type=int32, metavar="N", help="blocks in the pool (default: enough for all rows)")
+    add("--block-size", type=int32, default=16, metavar="S", help="tokens a block of the cache")
+    add("--max-num-batched-tokens", type=int32, default=2048, metavar="T", help="token axis of steps with prompts")
+    add("--steps", type=int32, default=32, metavar="K", help="steps a chunk")
     add("--attention", default="auto", metavar="NAME", help="implementation of paged attention")
     add("--mesh", metavar="data=D,model=M", help="all devices; rows, blocks and token axis are those of a data shard")
 
@@ -84,10 +88,13 @@ class Bench:
         """How the requests lie on the mesh."""
         return Lanes(self.mesh, self.requests.prompt_length.size)
 
-    def start(self, program: jax.stages.Compiled | None = None):
-        """The service before its first step, all requests in the queue; `program` is what `lower_start` gave."""
+    def check(self) -> None:
+        """Raises ValueError for a workload that can never be served."""
         sizes = {"max_model_len": self.max_model_len, "block_size": self.block_size, "num_blocks": self.num_blocks}
         check_requests(self.model, self.requests, **sizes)
+
+    def start(self, program: jax.stages.Compiled | None = None):
+        """The service before its first step, all requests in the queue; `program` is what `lower_start` gave."""
         begin = program or jax.jit(self.lanes.spread(self._begin))
         return jax.block_until_ready(begin(self.model, self.lanes.deal(self.requests)))
 
@@ -128,6 +135,7 @@ class Bench:
         Returns:
           The service at the end, and for each call its seconds and the steps that fed prompts.
         """
+        self.check()
         program, service, spans = program or self.program, self.start(opening), []
         for more in steps:
             before = _most(service.stats.prefill_steps)
@@ -166,16 +174,22 @@ def _most(count) -> int:
 
 def main(options: argparse.Namespace) -> int:
     """Runs the command."""
-    if options.steps < 1:
-        raise ValueError(f"steps is {options.steps}, must be at least 1.")
+    for name, least in (("steps", 1), ("max_num_seqs", 1), ("block_size", 1), ("num_blocks", 2), ("seed", 0)):
+        if (value := getattr(options, name)) is not None and value < least:
+            raise ValueError(f"{name} is {value}, must be at least {least}.")
+    if options.shapes and options.model:
+        raise ValueError(f"--shapes {options.shapes} and --model {options.model} are two models; leave one out.")
+    name = options.model or options.shapes or SHAPES
     mesh = hosts.open_mesh(options)
     if options.model:
         model = load(options.model, dtype=options.dtype, mesh=mesh).model
     else:
-        model = random_llama(CONFIGS[options.shapes], jax.random.key(0), options.dtype, mesh)
+        model = random_llama(CONFIGS[name], jax.random.key(0), options.dtype, mesh)
     requests = workload(options.requests, options.low, options.high, model.vocab_size, options.seed)
     rows = min(options.max_num_seqs, Lanes(mesh, options.requests).hand)
-    blocks = options.num_blocks or 1 + rows * -(-2 * options.high // options.block_size)
+    blocks = options.num_blocks
+    if blocks is None:
+        blocks = 1 + rows * -(-2 * options.high // options.block_size)
     sizes = rows, blocks, options.block_size, options.max_num_batched_tokens, options.attention
     bench = Bench(model, requests, *sizes, mesh=mesh)
     with tqdm(total=int(requests.max_new_tokens.sum()), unit="token", disable=not sys.stderr.isatty()) as bar:
@@ -187,7 +201,7 @@ def main(options: argparse.Namespace) -> int:
             bar.update(done - bar.n)
 
         service, spans = bench.measure(iter(lambda: options.steps, None), watch)
-    facts = {"model": options.model or options.shapes, "device": jax.devices()[0].device_kind}
+    facts = {"model": name, "device": jax.devices()[0].device_kind}
     facts |= {} if mesh is None else {"mesh": dict(mesh.shape)}
     facts |= {"max_num_seqs": rows, "block_size": options.block_size, **bench.figures(service, spans)}
     if options.json:

@@ -89,7 +89,7 @@ def with_sizes(name: str, **sizes: int) -> str:
 
 
 def without_sizes(name: str) -> tuple[str, dict[str, int]]:
-    """Takes apart what `with_sizes` makes: a name, and the sizes that it replaces."""
+    """Takes apart what `with_sizes` makes: a name, and the sizes that it replaces, which make "auto" mean "mosaic"."""
     base, mark, inside = name.partition("(")
     if not mark:
         return name, {}
@@ -98,7 +98,7 @@ def without_sizes(name: str) -> tuple[str, dict[str, int]]:
         raise ValueError(f"attention {name!r} must have the form mosaic(kv_tile=128, stages=3).")
     sizes = {size: int(value) for size, value in pairs}
     with_sizes(base, **sizes)
-    return base, sizes
+    return "mosaic", sizes
 
 
 def decode_config(head_dim: int, num_rows: int) -> KernelConfig:

@@ -235,6 +235,14 @@ MUTANTS = (
     Mutant("snapshot: what is unknown comes back as its description", "models/snapshot.py", '    raise SnapshotError(f"the snapshot holds {told!r}', '    return told\n    raise SnapshotError(f"the snapshot holds {told!r}', SNAPSHOT),
     Mutant("snapshot: loaded as a model", "models/load.py", 'if "snapshot" in raw:', "if False:", SNAPSHOT),
     Mutant("snapshot: empty arrays come back as scalars", "models/snapshot.py", "return jnp.zeros(shape, dtype)", "return jnp.zeros((), dtype)", SNAPSHOT),
+    Mutant("gguf: only the end of a text ends an answer", "models/gguf.py", 'for end in ("eos", "eot", "eom")', 'for end in ("eos",)', "tests/models/test_gguf.py::test_an_answer_ends_with_a_text_a_turn_or_a_message"),
+    Mutant("a call is not checked as a whole", "models/checks.py", "check_prompts(model, *given, max_new_tokens, whole, block_size, num_blocks, sampling)", "pass", "tests/models/test_lm.py::test_a_mesh_loses_no_check"),
+    Mutant("options of batches are dropped", "models/lm.py", "all(options.get(name, value) == value for name, value in _BATCH_ONLY.items())", "options.get('num_beams', 1) < 2", "tests/models/test_lm.py::test_options_of_batches_are_never_dropped"),
+    Mutant("greedy answers may be many", "models/beams.py", 'if num_return_sequences > 1 and not np.any(sampling.get("temperature", 0.0)):', "if False:", "tests/models/test_lm.py::test_options_of_batches_are_never_dropped"),
+    Mutant("a stop string may be empty", "models/checks.py", 'or "" in stop_strings', "", "tests/models/test_lm.py::test_bad_input_is_refused"),
+    Mutant("integers of any size", "models/arguments.py", "if not -end <= value < end:", "if False:", "tests/models/test_cli.py::test_integers_that_no_array_holds"),
+    Mutant("ids of a file may be no integers", "models/cli.py", "all(type(token) is int for token in prompt)", "True", "tests/models/test_cli.py::test_prompts_of_a_file_are_texts_or_ids"),
+    Mutant("the page map sees few steps", "models/cli.py", '"steps": 1}', '"steps": 8}', "tests/models/test_cli.py::test_the_page_map_of_short_answers"),
     Mutant("snapshot: files are not checked", "models/checkpoint.py", "    _verify(path)\n    return", "    return", SNAPSHOT),
 )  # fmt: skip
 

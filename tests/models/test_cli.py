@@ -5,13 +5,14 @@ import json
 import pytest
 
 import models
-from models.cli import main
+from models.cli import main, parser
 from models.lm import LM
 from models.watch import watch
 from paxattn.ablation import runs
 from tests.paths import GOLDEN
 
 TINY = str(GOLDEN / "tiny_llama")
+ONE = ("generate", "--prompt-ids", "1", "--model", TINY)
 
 
 def run(capsys, *arguments):
@@ -50,6 +51,53 @@ def test_the_page_map_and_the_saving_are_shown(capsys):
     assert "row A" in out
     assert "row B" in out
     assert "% saved" in out
+
+
+def test_the_page_map_of_short_answers(capsys):
+    """Each step is seen: what a row holds for two steps is drawn, and what nobody could see is said."""
+    common = ("generate", "--prompt-ids", "1,2,3", "--model", TINY, "--show-pages", "--max-new-tokens")
+    assert "row A" in run(capsys, *common, 2)[1]
+    assert "nothing to draw: every answer ended in the step" in run(capsys, *common, 1)[1]
+
+
+def test_a_stream_that_ends_early_says_so(capsys, monkeypatch):
+    def pieces(*_, **__):
+        yield "one "
+        yield "two"
+        return "out_of_blocks"
+
+    monkeypatch.setattr(models.LM, "stream", pieces)
+    out = run(capsys, "generate", "--prompt-ids", "1", "--model", TINY, "--stream")[1]
+    assert out == "one two\n[ended early: out_of_blocks]\n"
+
+
+def test_a_line_of_json_ends_where_its_text_does_not(capsys, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(models.LM, "encode", lambda self, prompt, **_: asked.append(prompt) or [1])
+    lines = [{"prompt": "one\u2028line ü"}, {"prompt": [3, 4]}]
+    text = "\r\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
+    (tmp_path / "x.jsonl").write_bytes(text.encode())
+    common = ("generate", "--model", TINY, "--max-new-tokens", 1)
+    assert run(capsys, *common, "--prompt-file", tmp_path / "x.jsonl")[0] == 0
+    assert asked == [line["prompt"] for line in lines]
+
+
+@pytest.mark.parametrize(
+    "line", ['{"prompt": 5}', '{"prompt": null}', '{"prompt": [1.9, true]}', '{"text": "a"}', "[1]", "{"]
+)
+def test_prompts_of_a_file_are_texts_or_ids(capsys, tmp_path, line):
+    (tmp_path / "x.jsonl").write_text(line)
+    code, out, err = run(capsys, "generate", "--prompt-file", tmp_path / "x.jsonl", "--model", TINY)
+    assert (code, out) == (2, "")
+    assert err == f"paxattn: a line is {line!r}, must be an object whose 'prompt' is a text or a list of token ids.\n"
+
+
+def test_float16_everywhere(capsys, tmp_path):
+    kind, out = ("--dtype", "float16"), tmp_path / "out"
+    assert run(capsys, "convert", TINY, out, *kind)[0] == 0
+    assert json.loads(run(capsys, "inspect", out, *kind, "--json")[1])["bytes"] == 2 * 203_200
+    assert run(capsys, "generate", "--model", out, "--prompt-ids", "1", "--max-new-tokens", 2, *kind)[0] == 0
+    assert parser().parse_args(["serve-bench", *kind]).dtype == "float16"
 
 
 def test_more_prompts_than_rows_go_through_the_engine(capsys, tmp_path):
@@ -140,6 +188,13 @@ def test_inspect(capsys):
     assert run(capsys, "inspect", TINY)[1].count("\n") > 10
 
 
+def test_inspect_where_nobody_knows_how_much_memory_is_free(capsys, monkeypatch):
+    monkeypatch.setattr("os.sysconf_names", {"SC_PAGE_SIZE": 30})
+    facts = json.loads(run(capsys, "inspect", TINY, "--json")[1])
+    assert [facts[name] for name in ("free_bytes", "blocks_that_fit", "tokens_that_fit")] == [None] * 3
+    assert "how many blocks fit is unknown" in run(capsys, "inspect", TINY)[1]
+
+
 @pytest.mark.parametrize("live", [False, True])
 def test_watching_draws_the_fullest_map_or_every_one_in_place(capsys, monkeypatch, live):
     monkeypatch.setattr("sys.stdout.isatty", lambda: live)
@@ -187,6 +242,16 @@ def test_whoever_is_watched_sits_in_one_batch(monkeypatch):
         (["generate", "--prompt-ids", "1", "--model", TINY, "--mesh", "2x1"], "write data=D,model=M"),
         (["generate", "--prompt-ids", "1", "--model", TINY, "--mesh", "data=8,model=8"], "takes 64 devices"),
         (["generate", "--prompt-ids", "1", "--mesh", "data=1,model=1", "--show-pages"], "leave out --mesh"),
+        (["generate", "--prompt-ids", "1", "--show-pages", "--json"], "leave out --json"),
+        (["generate", "a", "--stream", "--show-pages"], "leave out --stream"),
+        ([*ONE, "--evict", "window:99999999999"], "must be below 2147483648"),
+        ([*ONE, "--num-return-sequences", "2"], "give a temperature above 0"),
+        (["serve-bench", "--shapes", "tiny", "--block-size", "0"], "block_size is 0"),
+        (["serve-bench", "--shapes", "tiny", "--num-blocks", "0"], "num_blocks is 0"),
+        (["serve-bench", "--shapes", "tiny", "--max-num-seqs", "0"], "max_num_seqs is 0"),
+        (["serve-bench", "--shapes", "tiny", "--seed", "-1"], "seed is -1"),
+        (["serve-bench", "--shapes", "tiny", "--model", TINY], "are two models; leave one out"),
+        (["serve-bench", "--shapes", "tiny", "--requests", "3", "--num-blocks", "2147483647"], "overflow"),
         (["generate", "a", "b", "--stream"], "--stream prints one answer"),
         (["generate", "--prompt-file", "/no/such/file"], "/no/such/file"),
     ],
@@ -197,6 +262,22 @@ def test_errors_are_one_line(capsys, arguments, message):
     assert out == ""
     assert message in err.splitlines()[-1]
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate", "a", "--top-k", "99999999999"], "--top-k: 99999999999 is outside [-2147483648, 2147483647]"),
+        (["generate", "a", "--seed", str(2**63)], f"--seed: {2**63} is outside [{-(2**63)}, {2**63 - 1}]"),
+        (["serve-bench", "--steps", "99999999999"], "--steps: 99999999999 is outside"),
+        (["inspect", TINY, "--block-size", "-99999999999"], "--block-size: -99999999999 is outside"),
+    ],
+)
+def test_integers_that_no_array_holds(capsys, arguments, message):
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 def test_help_has_examples_and_version(capsys):

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.config import ConfigError, LlamaConfig, Rope
-from models.weights import expected_tensors
+from models.load import read_config
+from models.weights import CheckpointError, expected_tensors
 from tests.paths import GOLDEN
 
 LLAMA = {
@@ -186,6 +187,20 @@ def test_missing_fields_are_listed_all_at_once():
 )
 def test_what_cannot_be_is_refused(changes, said):
     assert said in refused(LLAMA | changes)
+
+
+@pytest.mark.parametrize("broken", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize("text", ["{", "[1]", "\udcff"])
+def test_a_file_that_cannot_be_read_is_named(tmp_path, broken, text):
+    for name in ("config.json", "generation_config.json"):
+        (tmp_path / name).write_text(text if name == broken else json.dumps(LLAMA), "utf-8", "surrogateescape")
+    with pytest.raises(CheckpointError, match=f"^{tmp_path / broken} "):
+        read_config(tmp_path)
+
+
+def test_a_folder_without_a_config(tmp_path):
+    with pytest.raises(CheckpointError, match=f"^{tmp_path / 'config.json'} cannot be read.*a model directory"):
+        read_config(tmp_path)
 
 
 def test_no_object_at_all():

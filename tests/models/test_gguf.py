@@ -3,6 +3,7 @@
 Two ways to make a file: `write` goes through gguf.GGUFWriter, `raw` puts together any bytes at all.
 """
 
+import json
 import math
 import struct
 
@@ -14,6 +15,8 @@ from gguf import GGMLQuantizationType as Kind
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import models
+from models.cli import main
 from models.config import ConfigError, Rope
 from models.gguf import open_gguf
 from models.load import read_config
@@ -129,6 +132,31 @@ def test_golden_model_comes_back(tmp_path, name):
     for tensor, value in tensors.items():
         assert file.tensors[tensor].shape == value.shape
         np.testing.assert_array_equal(file.read(tensor), value)
+
+
+def test_an_answer_ends_with_a_text_a_turn_or_a_message(tmp_path):
+    """By the ids that the file names for each, after a conversion too."""
+    source, wanted = open_safetensors(GOLDEN / "tiny_llama"), read_config(GOLDEN / "tiny_llama")
+    tensors = {tensor: source.read(tensor) for tensor in expected_tensors(wanted)}
+    golden = json.loads((GOLDEN / "tiny_llama" / "expected.json").read_text())
+    prompts, greedy = golden["prompts"][:2], golden["greedy"][:2]
+    ends = [1, greedy[0][3], greedy[1][5]]
+    named = {f"tokenizer.ggml.{name}_token_id": end for name, end in zip(("eos", "eot", "eom"), ends, strict=True)}
+    path = write(tmp_path / "x.gguf", settings_of(wanted), stored(tensors, wanted), named)
+    assert main(["convert", str(path), str(tmp_path / "out"), "--json"]) == 0
+    cut = [next(i for i, token in enumerate(tokens) if token in ends) + 1 for tokens in greedy]
+    assert max(cut) < 7
+    for where in (path, tmp_path / "out"):
+        lm = models.load(where)
+        assert lm.model.config.eos_token_id == tuple(ends)
+        answers = lm.generate(prompts, max_new_tokens=20).outputs
+        assert [a.token_ids for a in answers] == [t[:n] for t, n in zip(greedy, cut, strict=True)]
+        assert {a.finish_reason for a in answers} == {"stop"}
+
+
+def test_an_id_that_ends_all_of_them_is_one(tmp_path):
+    named = {f"tokenizer.ggml.{name}_token_id": end for name, end in (("eos", 2), ("eot", 2), ("eom", 3))}
+    assert open_gguf(small(tmp_path / "x.gguf", metadata=named)).config.eos_token_id == (2, 3)
 
 
 def test_biases_are_permuted_too(tmp_path):

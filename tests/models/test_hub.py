@@ -233,8 +233,9 @@ def test_a_hub_id_is_a_snapshot(monkeypatch, tmp_path, source, repo, revision):
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
     assert hub.resolve(source) == tmp_path
-    patterns = ["*.safetensors", "*.json", "*.jinja"]
-    assert asked == [((repo,), {"revision": revision, "allow_patterns": patterns})]
+    patterns = {"allow_patterns": ["*.safetensors", "*.json", "*.jinja"]}
+    patterns |= {"ignore_patterns": ["*consolidated*.safetensors"]}
+    assert asked == [((repo,), {"revision": revision, **patterns})]
 
 
 @pytest.mark.parametrize("failure", [OSError("offline"), ValueError("bad id")])

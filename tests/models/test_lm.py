@@ -72,7 +72,7 @@ def test_sampling_follows_the_seed(lm):
 @pytest.mark.parametrize(
     ("prompt", "options", "message"),
     [
-        ([], {}, "prompt 0 is empty"),
+        ([], {}, r"prompt \d is empty"),
         ([49152], {}, "a token id is 49152"),
         ([5], {"max_new_tokens": 9000}, "max_position_embeddings"),
         ([5], {"max_new_tokens": 0}, "max_new_tokens is 0"),
@@ -80,11 +80,80 @@ def test_sampling_follows_the_seed(lm):
         ([5], {"num_beam": 2}, "unknown options num_beam"),
         ([5], {"max_num_seqs": 0}, "max_num_seqs is 0"),
         ([5] * 40, {"num_blocks": 2}, "never fits"),
+        ([5], {"block_size": 0}, "block_size is 0"),
+        ([5], {"num_blocks": 1}, "num_blocks is 1"),
+        ([5], {"max_num_batched_tokens": 0}, "max_num_batched_tokens is 0"),
+        ([5], {"steps": 0}, "steps is 0"),
+        ([5], {"key": 3}, "unknown options key"),
+        ([5], {"stop_strings": ["a", ""]}, "none of them empty"),
+        ([5], {"stop_strings": "answer"}, "must be a list of texts"),
+        ([1.5], {}, r"a prompt is \[1.5\], must be a text or a list of token ids"),
+        (5, {}, r"one prompt of ids is given as \[ids\]"),
     ],
 )
-def test_bad_input_is_refused(lm, prompt, options, message):
+def test_bad_input_is_refused(lm, monkeypatch, prompt, options, message):
+    """In one batch and through the engine alike, whichever prompt it is, and before any cache exists."""
+    monkeypatch.setattr(pax.Cache, "create", None)
+    for prompts, rows in (([prompt], 64), ([[7], [8], prompt], 2)):
+        with pytest.raises(ValueError, match=message):
+            lm.generate(prompts, **{"max_num_seqs": rows} | options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_beams": 0}, "num_beams is 0"),
+        ({"length_penalty": 2.0}, "belong to beam search"),
+        ({"early_stopping": "never"}, "belong to beam search"),
+        ({"num_return_sequences": 0}, "num_return_sequences is 0"),
+        ({"num_return_sequences": 2}, "num_return_sequences is 2 at temperature 0"),
+        ({"num_return_sequences": 2, "temperature": 0.0}, "give a temperature above 0, or as many num_beams"),
+        ({"speculate": "ngram", "num_speculative_tokens": 0}, "num_speculative_tokens is 0"),
+    ],
+)
+def test_options_of_batches_are_never_dropped(options, message):
+    tiny = models.load(GOLDEN / "tiny_llama")
+    for rows in (64, 2):
+        with pytest.raises(ValueError, match=message):
+            tiny.generate([[5], [6], [7]], max_new_tokens=2, max_num_seqs=rows, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"max_new_tokens": -3}, "max_new_tokens is -3"),
+        ({"num_blocks": 2}, "blocks that the prompt takes is 3; the pool has 1"),
+    ],
+)
+def test_a_mesh_loses_no_check(options, message):
+    """Whose programs see these as traced values."""
+    tiny = models.load(GOLDEN / "tiny_llama", mesh=pax.make_mesh(1, 1))
     with pytest.raises(ValueError, match=message):
-        lm.generate([prompt], **options)
+        tiny.generate([[5], [5] * 40], **options)
+
+
+def test_a_text_is_one_prompt(lm, whole):
+    (answer,) = lm.generate(TEXT, chat=False, max_new_tokens=30).outputs
+    assert answer.token_ids == whole.token_ids
+
+
+def test_a_stream_returns_why_it_ended(lm):
+    tiny = models.load(GOLDEN / "tiny_llama")
+    tiny = dataclasses.replace(tiny, model=tiny.model.first(1), tokenizer=lm.tokenizer)
+    reasons = []
+
+    def stream(num_blocks):
+        options = {"max_new_tokens": 20, "eos_token_id": (), "num_blocks": num_blocks}
+        reasons.append((yield from tiny.stream([82, 154, 252], **options)))
+
+    assert all("".join(stream(num_blocks)) for num_blocks in (None, 2))
+    assert reasons == ["length", "out_of_blocks"]
+
+
+def test_logits_in_blocks_of_nothing(lm):
+    with pytest.raises(ValueError, match="block_size is 0"):
+        lm.logits([5, 6], block_size=0)
 
 
 def test_a_model_without_tokenizer_takes_ids():

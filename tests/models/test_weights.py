@@ -86,6 +86,14 @@ def test_shards(tmp_path):
     np.testing.assert_array_equal(source.read("b"), TENSORS["b"])
 
 
+@pytest.mark.parametrize("sharded", [True, False])
+def test_a_second_copy_of_the_weights_beside_them_is_left_alone(tmp_path, sharded):
+    write(tmp_path, {"tok_embeddings.weight": TENSORS["a"]}, "consolidated.safetensors")
+    write(tmp_path, name="x.safetensors" if sharded else "model.safetensors")
+    source = open_safetensors(write_shards(tmp_path, dict.fromkeys(TENSORS, "x.safetensors")) if sharded else tmp_path)
+    assert set(source.tensors) == set(TENSORS)
+
+
 def test_shards_in_the_hubs_cache_are_links_to_its_blobs(tmp_path):
     blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "c0ffee"
     blobs.mkdir()
