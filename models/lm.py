@@ -299,7 +299,7 @@ class LM:
             state = over(pax.start, self.mesh)(*given, **sizes, **sampling)
             if group > 1:
                 fan_out = over(_fan_out, self.mesh)
-                state = fan_out(self._packed, state, group=group, budget=budget, attention=attention)
+                state = fan_out(self._packed, state, group=group, budget=budget, attention=attention, evict=hook)
             if guesser is not None:
                 state = over(speculative.begin, self.mesh)(guesser, state, k=k)
             advance = functools.partial(turn, self._packed, budget=budget, attention=attention)
