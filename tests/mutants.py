@@ -208,6 +208,7 @@ MUTANTS = (
     Mutant("pictures: evicted blocks are given back by rows that ended", "paxattn/viz/flow.py", "- back - died - lost - evicted", "- back - died - lost", VIZ),
     Mutant("pictures: a fork evicts its parent's holes", "paxattn/viz/recording.py", "& ~(old.holes & ~came) & ~joined[:, None]", "& ~(old.holes & ~came)", VIZ),
     Mutant("pictures: pages that come and go in a step were never there", "paxattn/viz/recording.py", "passing = holes & ~let_go &", "passing = holes & False &", VIZ),
+    Mutant("pictures: prompts whose row ends at once take nothing", "paxattn/viz/recording.py", ".sum() + last.sum())", ".sum())", VIZ),
     Mutant("pictures: a copy that is let go in its step is nobody's", "paxattn/viz/recording.py", "if holes.any() and not ended.any():", "if False:", VIZ),
     Mutant("pictures: blocks taken from a preempted request are not fresh", "paxattn/viz/recording.py", "((old.refcount == 0) | lost) & (new", "(old.refcount == 0) & (new", VIZ),
     Mutant("pictures: what a preempted request held and another took was not returned", "paxattn/viz/recording.py", "(new.refcount == 0) | lost", "(new.refcount == 0)", VIZ),

@@ -100,7 +100,7 @@ def _taken(move: Moves) -> tuple[int, int, int]:
     taken = move.allocated - move.copies
     if (move.phase == Phase.SPECULATIVE).any():  # no prompt is fed while a row guesses
         return 0, 0, taken
-    prefill = move.prefilled if (move.phase == Phase.DECODE).any() else taken
+    prefill = min(move.prefilled, taken) if (move.phase == Phase.DECODE).any() else taken
     prefill = prefill if (move.phase == Phase.PREFILL).any() else 0
     return prefill, taken - prefill, 0
 

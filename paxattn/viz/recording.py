@@ -150,6 +150,8 @@ def between(old: Frame, new: Frame) -> Moves:
     of_cut, of_ended, of_holes = (given_back & _held_by(old, cells) for cells in (cut, ended, let_go))
     tally = _since(old.tally, new.tally) or dict.fromkeys(TALLY, np.zeros(joined.size, int))
     phase = np.where(preempted, Phase.IDLE, _phase(old, new, tally["steps"] > 0, joined))
+    filled, known = (-(-tokens // old.block_size) for tokens in (old.length, old.known))
+    last = (known - filled)[ended & (phase == Phase.PREFILL)]  # pages of prompts whose row ended in the same step
     seen = {
         "tokens_fed": np.sum((new.length - old.length)[phase != Phase.IDLE]),
         "blocks_allocated": fresh_block.sum(),
@@ -174,7 +176,7 @@ def between(old: Frame, new: Frame) -> Moves:
         freed=int(counted["blocks_freed"]),
         copies=int(counted["blocks_copied"]),
         shared_cells=int(np.maximum(new.refcount - np.maximum(old.refcount, 1), 0).sum()),
-        prefilled=int((fresh & ~copied | passing)[phase == Phase.PREFILL].sum()),
+        prefilled=int((fresh & ~copied | passing)[phase == Phase.PREFILL].sum() + last.sum()),
         guessed=int(tally["drafted"].sum()),
         rolled_back=rolled_back,
         holes=int(holes.sum()),
