@@ -18,7 +18,7 @@ from paxattn.decoding.step import step
 from paxattn.serving.loop import most, open_service, run
 from paxattn.serving.queue import put
 from paxattn.viz.picture import HUES
-from paxattn.viz.recording import Phase
+from paxattn.viz.recording import COUNTERS, Frame, Phase, between
 from tests.toys import Chain, prompts
 
 CHAIN = Chain(jnp.int32(3))
@@ -301,6 +301,20 @@ def test_rows_that_go_give_back_what_they_held(make):
     rows = {row.phase: row for row in viz.phases(film)}
     assert (rows["Free"].returned, rows["Preempt"].returned) == (ended, preempted)
     assert ("Evict" in rows) == (make is served_evicting)
+
+
+def test_a_block_may_change_hands_within_a_step():
+    """Row 0 is fed four more tokens of its prompt, into the block of row 2, which is preempted; row 1 decodes."""
+
+    def frame(pages, length, refcount, running, waiting, counted):
+        arrays = np.array(pages), np.array(length), np.array(refcount), 4, np.array([12, 2, 3]), np.array(running)
+        return Frame(*arrays, np.array([0, 1, 2]), frozenset(waiting), dict(zip(COUNTERS, counted, strict=True)), None)
+
+    old = frame([[1, 0, 0], [2, 0, 0], [3, 0, 0]], [4, 1, 2], [0, 1, 1, 1], [True] * 3, (), (0, 0, 0, 0))
+    new = frame([[1, 3, 0], [2, 0, 0], [0, 0, 0]], [8, 2, 0], [0, 1, 1, 1], [True, True, False], (2,), (5, 1, 1, 0))
+    move = between(old, new)
+    assert (move.allocated, move.prefilled, move.freed, move.dropped) == (1, 1, 1, 1)
+    assert move.preempted.tolist() == [False, False, True]
 
 
 def test_a_table_by_hand_evicts_too():
