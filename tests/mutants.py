@@ -29,7 +29,7 @@ VERDICT = "tests/paxattn/test_speculative_sampling.py"
 SIMULATE, EVICTION, ABLATE = (f"tests/paxattn/test_{name}.py" for name in ("simulate", "eviction", "ablate"))
 
 VIZ, SNAPSHOT = "tests/paxattn/test_viz.py", "tests/models/test_snapshot.py"
-ON_MESH = "tests/paxattn/test_mesh.py"
+ON_MESH = "tests/paxattn/test_on_mesh.py"
 MESH = "tests/models/test_mesh.py::test_on_eight_devices[{}]"
 
 PATIENCE = 900

@@ -142,7 +142,7 @@ def test_sizes_stand_in_the_name(monkeypatch):
     """Those named replace the measured best of a call; the others stay."""
     sizes = {"kv_tile": 128, "prefill_stages": 4}
     assert without_sizes(with_sizes("auto", **sizes)) == ("mosaic", sizes)
-    assert without_sizes("auto(kv_tile=32, prefill_stages=4)") == ("mosaic", sizes)
+    assert without_sizes("auto(kv_tile=128, prefill_stages=4)") == ("mosaic", sizes)
     assert without_sizes("xla") == ("xla", {})
     seen = []
 
