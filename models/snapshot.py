@@ -29,6 +29,7 @@ from models import checkpoint, sharding
 from models.config import LlamaConfig
 from models.recut import Layout, Move, SnapshotError
 from models.weights import CheckpointError
+from paxattn.checksum import checksum
 
 _PACKAGE = "paxattn."
 _PLAIN = (bool, int, float, str, type(None))
@@ -115,21 +116,9 @@ def fingerprint(model: pax.Model) -> str:
     for path, leaf in jax.tree_util.tree_flatten_with_path(model)[0]:
         leaf = sharding.widen(jax.tree_util.keystr(path), leaf, times)
         told.append(f"{leaf.shape} {leaf.dtype}")
-        sums.append(_checksum(leaf))
+        sums.append(checksum(leaf))
     told += [str(digest.tolist()) for digest in jax.device_get(sums)]
     return hashlib.sha256("\n".join(told).encode()).hexdigest()
-
-
-@jax.jit
-def _checksum(leaf: jax.Array) -> jax.Array:
-    """Two sums over the bits of an array, modulo 2 ** 32: of its elements, and of these weighted by their place."""
-    bits = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")).astype(jnp.uint32)
-    place, stride = jnp.uint32(0), 1
-    for axis in reversed(range(leaf.ndim)):  # not of a flattened copy, which a mesh would have to gather
-        place += jnp.uint32(stride % 2**32) * jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
-        stride *= leaf.shape[axis]
-    place = place * jnp.uint32(2654435761) + 1
-    return jnp.stack([jnp.sum(bits, dtype=jnp.uint32), jnp.sum(bits * place, dtype=jnp.uint32)])
 
 
 def _leaves(told: Any, pool: bool = False) -> Iterator[tuple[dict[str, Any], bool]]:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from paxattn.checksum import checksum
 from paxattn.decoding.packed import Packed
 
 
@@ -26,28 +27,9 @@ def fingerprint(subject: Any, config: Any = None) -> str:
         return hashlib.sha256(told).hexdigest()[:16]
     model = subject.whole if isinstance(subject, Packed) else subject
     leaves, tree = jax.tree.flatten(model)
-    sums = jax.device_get([_checksum(leaf) for leaf in leaves])
+    sums = jax.device_get([checksum(leaf) for leaf in leaves])
     told = [type(model).__qualname__, str(tree), repr(model.cache_spec), repr(model.vocab_size)]
     told += [repr(config), repr(getattr(model, "config", None))]
     told += [f"{jnp.shape(leaf)} {jnp.result_type(leaf)} {two}" for leaf, two in zip(leaves, sums, strict=True)]
     nowhere = re.sub(r" at 0x[0-9a-f]+", "", "\n".join(told))  # a function is where it was put this time
     return hashlib.sha256(nowhere.encode()).hexdigest()[:16]
-
-
-@jax.jit
-def _checksum(leaf: jax.Array) -> jax.Array:
-    """Two sums over the bits of an array, modulo 2 ** 32: of its elements, and of these weighted by their place."""
-    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        leaf = jax.random.key_data(leaf)
-    if jnp.iscomplexobj(leaf):
-        leaf = jnp.stack([leaf.real, leaf.imag])
-    if leaf.dtype == bool:
-        leaf = leaf.astype(jnp.uint8)
-    info = jnp.iinfo if jnp.issubdtype(leaf.dtype, jnp.integer) else jnp.finfo
-    bits = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{min(32, info(leaf.dtype).bits)}")).astype(jnp.uint32)
-    place, stride = jnp.uint32(0), 1
-    for axis in reversed(range(bits.ndim)):  # not of a flattened copy, which a mesh would have to gather
-        place += jnp.uint32(stride % 2**32) * jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
-        stride *= bits.shape[axis]
-    place = place * jnp.uint32(2654435761) + 1
-    return jnp.stack([jnp.sum(bits, dtype=jnp.uint32), jnp.sum(bits * place, dtype=jnp.uint32)])

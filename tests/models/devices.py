@@ -350,7 +350,9 @@ def another_model_is_refused():
     mine = ("tiny_llama", "tiny_llama3_rope_tied")[jax.process_index()]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys.modules["models.load"], "Llama", None)  # as an attribute the name is the function's
-        with pytest.raises(ValueError, match=r"the model of process . is not that of process .*num_hidden_layers: .*rope_parameters: "):
+        with pytest.raises(
+            ValueError, match=r"the model of process . is not that of process .*num_hidden_layers: .*rope_parameters: "
+        ):
             models.load(GOLDEN / mine, mesh=mesh(1, 2))
     assert models.load(GOLDEN / "tiny_llama", mesh=mesh(1, 2)).model.config == tiny()[0].config
 
