@@ -8,6 +8,7 @@ An integer that no program could take is refused here, with its option's name: w
 import argparse
 from pathlib import Path
 
+from models.hub import DEFAULT_MODEL
 from models.load import DTYPES
 
 
@@ -47,7 +48,7 @@ def add_generate(sub: argparse.ArgumentParser) -> None:
     )
     add(
         "--model",
-        default="smollm2-135m",
+        default=DEFAULT_MODEL,
         metavar="SRC",
         help="directory, .gguf, Orbax directory, hub id or name",
     )

@@ -3,7 +3,7 @@
 decode    SM = `workers` compute warpgroups, each with a ring of `stages` KV tiles, + one memory warpgroup for all
 prefill   SM = 2 compute warpgroups that share a ring of `stages` KV tiles         + one memory warpgroup
 
-In the name of an attention a size of the prefill kernel begins with "prefill_": "mosaic(kv_tile=64, prefill_stages=3)".
+In the name of an attention a size of the prefill kernel begins with "prefill_": "mosaic(stages=1, prefill_kv_tile=64)".
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ class KernelConfig:
     num_sms: int = 132  # persistent blocks, one an SM
 
     def __post_init__(self):
-        _check_counts(self)
+        _check_sizes(self)
         if self.workers > 2:
             raise ValueError(f"workers is {self.workers}, must be at most 2.")
 
@@ -42,7 +42,7 @@ class PrefillConfig:
     compute_registers: int = 232  # a thread of the compute warpgroups: a multiple of 8
 
     def __post_init__(self):
-        _check_counts(self)
+        _check_sizes(self)
         if self.compute_registers % 8 or self.memory_registers < 24 or self.compute_registers < 168:
             raise ValueError(f"compute_registers is {self.compute_registers}, must be a multiple of 8 in 168..240.")
 
@@ -52,7 +52,7 @@ class PrefillConfig:
         return 3 * 168 - 2 * self.compute_registers
 
 
-def _check_counts(config: KernelConfig | PrefillConfig) -> None:
+def _check_sizes(config: KernelConfig | PrefillConfig) -> None:
     for name, size in dataclasses.asdict(config).items():
         if size is not None and (type(size) is not int or size < 1):
             raise ValueError(f"{name} is {size!r}, must be an integer of at least 1.")
