@@ -24,9 +24,10 @@ class KernelConfig:
     stages: int = 2  # KV tiles in flight a worker
     workers: int = 2  # compute warpgroups an SM, at most 2
     num_sms: int = 132  # persistent blocks, one an SM
+    item_tiles: int = 1  # KV tiles that a (query tile, KV head) counts beside its own when work is shared out
 
     def __post_init__(self):
-        _check_sizes(self)
+        _check_sizes(self, item_tiles=0)
         if self.workers > 2:
             raise ValueError(f"workers is {self.workers}, must be at most 2.")
 
@@ -52,10 +53,10 @@ class PrefillConfig:
         return 3 * 168 - 2 * self.compute_registers
 
 
-def _check_sizes(config: KernelConfig | PrefillConfig) -> None:
+def _check_sizes(config: KernelConfig | PrefillConfig, **least: int) -> None:
     for name, size in dataclasses.asdict(config).items():
-        if size is not None and (type(size) is not int or size < 1):
-            raise ValueError(f"{name} is {size!r}, must be an integer of at least 1.")
+        if size is not None and (type(size) is not int or size < least.get(name, 1)):
+            raise ValueError(f"{name} is {size!r}, must be an integer of at least {least.get(name, 1)}.")
     if config.kv_tile % 64 or config.kv_tile > 256:  # the sides of matrix products
         raise ValueError(f"kv_tile is {config.kv_tile}, must be a multiple of 64, at most 256.")
 
@@ -101,12 +102,22 @@ def without_sizes(name: str) -> tuple[str, dict[str, int]]:
     return "mosaic", sizes
 
 
-def decode_config(head_dim: int, num_rows: int) -> KernelConfig:
-    """The measured best: few rows want long tiles and few workers, as each tile is a round trip to memory."""
-    sms = multiprocessors()
+def decode_config(head_dim: int, num_rows: int, max_tokens: int) -> KernelConfig:
+    """The measured best for rows of at most `max_tokens`.
+
+    Many rows    two workers an SM hide each other's products; shares are long, and an item's own cost shows.
+    Few rows     one worker, with all of the memory for its ring; a share is a few tiles, and one more is a lot.
+    Few keys     short tiles: the first comes early, and shares of few tiles differ by less.
+    """
+    sms, few = multiprocessors(), num_rows <= 16
+    shared = KernelConfig(num_sms=sms, item_tiles=0 if few else 1)
     if head_dim > 128:
-        return KernelConfig(workers=1, num_sms=sms)
-    return KernelConfig(kv_tile=128, workers=1, num_sms=sms) if num_rows <= 16 else KernelConfig(num_sms=sms)
+        return dataclasses.replace(shared, workers=1)
+    if not few:
+        return shared
+    if head_dim == 128 and num_rows * max_tokens <= 1 << 15:
+        return dataclasses.replace(shared, workers=1, stages=4)
+    return dataclasses.replace(shared, workers=1, kv_tile=128)
 
 
 def prefill_config(head_dim: int) -> PrefillConfig:

@@ -57,7 +57,7 @@ def paged_attention(
     """
     require_layouts(q, k_pool)
     (num_tokens, heads, head_dim), kv_heads = q.shape, k_pool.shape[1]
-    config = config or decode_config(head_dim, pages.shape[0])
+    config = config or decode_config(head_dim, pages.shape[0], pages.shape[1] * k_pool.shape[2])
     group = heads // kv_heads
     tile = min(max_queries or max(num_tokens // pages.shape[0], 1), ROWS // group)
     tiles = query_tiles(num_tokens, tile, length, query_start)
@@ -67,18 +67,20 @@ def paged_attention(
         kv_heads=kv_heads,
         workers=config.workers * config.num_sms,
         sliding_window=sliding_window,
+        item_tiles=config.item_tiles,
     )
     used = tile * group
     packed = q if tile == 1 else q[tiles.token].reshape(-1, tile, heads, head_dim).swapaxes(1, 2)
     packed = packed.reshape(-1, kv_heads, used, head_dim)
     # A copy of 8 rows reads zeros past the end of fewer and writes nothing there; more come by eights. The interpreter
     # cannot read past an end.
-    least = -(-used // 8) * 8 if interpret or used > 8 else max(used, 128 // head_dim)
+    rows = -(-used // 8) * 8
+    least = rows if interpret or used > 8 else max(used, 128 // head_dim)
     if least > used:
         packed = jnp.pad(packed, ((0, 0), (0, 0), (0, least - used), (0, 0)))
     call = Call(
         config=config,
-        rows=-(-used // 8) * 8,
+        rows=rows,
         tile_size=tile,
         kv_heads=kv_heads,
         head_dim=head_dim,

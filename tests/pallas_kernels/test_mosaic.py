@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from pallas_kernels import config, decode, mosaic, paged_attention, prefill
 from pallas_kernels.cases import CASES, HOPPER_CASES, TINY_CASES, make
 from pallas_kernels.config import KernelConfig, PrefillConfig, decode_config, prefill_config, with_sizes, without_sizes
+from tests.pallas_kernels.interpreter import RACES, on_cpu
 from tests.pallas_kernels.test_paged_attention import by_hand, error
 
 TOLERANCE = 1e-2  # bf16, of the worst query; typically 2e-3
@@ -51,15 +51,15 @@ def few_programs(monkeypatch):
     decode.paged_attention.clear_cache()
 
 
+@on_cpu
 @pytest.mark.parametrize("case", TINY_CASES.values(), ids=TINY_CASES.keys())
 @pytest.mark.usefixtures("few_programs")
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # NaN is multiplied, and masked
 def test_the_real_body_interpreted(case):
     arrays = arrays_of(case)
-    interpret = plgpu.InterpretGPUParams(detect_races=True)
     scale = case.head_dim**-0.5 if case.scale is None else case.scale
     out, lse = mosaic.run(
-        *map(jnp.asarray, arrays), max_queries=case.max_queries, interpret=interpret, **{**case.options, "scale": scale}
+        *map(jnp.asarray, arrays), max_queries=case.max_queries, interpret=RACES, **{**case.options, "scale": scale}
     )
     check(case, arrays, out, lse)
 
@@ -154,7 +154,7 @@ def test_sizes_stand_in_the_name(monkeypatch):
     monkeypatch.setattr(decode, "paged_attention", spy)
     monkeypatch.setattr(prefill, "paged_attention", spy)
     arrays = arrays_of(HOPPER_CASES["decode-block-8"])
-    few = decode_config(arrays.q.shape[2], arrays.pages.shape[0])
+    few = decode_config(arrays.q.shape[2], arrays.pages.shape[0], arrays.pages.shape[1] * arrays.k_pool.shape[2])
     many = prefill_config(arrays.q.shape[2])
     few, many = dataclasses.replace(few, stages=3), dataclasses.replace(many, stages=4, kv_tile=64)
     for most, wanted in ((1, [few]), (None, [many, few])):  # decode alone; prefill, then decode
@@ -168,11 +168,11 @@ def test_sizes_stand_in_the_name(monkeypatch):
 
 
 @pytest.mark.parametrize(("name", "message"), [
-    ("mosaic(tile=64)", "unknown sizes tile; mosaic has kv_tile, stages, workers, num_sms, prefill_kv_tile"),
+    ("mosaic(tile=64)", "tile; mosaic has kv_tile, stages, workers, num_sms, item_tiles, prefill_kv_tile"),
     ("mosaic(kv_tile=96)", "kv_tile is 96, must be a multiple of 64, at most 256"),
     ("mosaic(kv_tile=320)", "kv_tile is 320"),
     ("mosaic(workers=3)", "workers is 3, must be at most 2"),
-    ("mosaic(stages=0)", "stages is 0"),
+    ("mosaic(stages=0)", "stages is 0, must be an integer of at least 1"),
     ("mosaic(prefill_kv_tile=96)", "kv_tile is 96, must be a multiple of 64"),
     ("mosaic(prefill_compute_registers=248)", r"compute_registers is 248, must be a multiple of 8 in 168\.\.240"),
     ("mosaic(kv_tile)", "must have the form"),
@@ -199,5 +199,5 @@ def test_sizes_that_shared_memory_cannot_hold_are_refused(case, sizes):
 
 def test_as_many_programs_as_the_device_has_multiprocessors(monkeypatch):
     monkeypatch.setattr(config, "multiprocessors", lambda: 114)
-    assert [decode_config(size, rows).num_sms for size in (64, 256) for rows in (1, 64)] == [114] * 4
+    assert [decode_config(size, rows, 4096).num_sms for size in (64, 256) for rows in (1, 64)] == [114] * 4
     assert [prefill_config(size).programs for size in (64, 256)] == [114] * 2

@@ -14,7 +14,7 @@ from pallas_kernels.tiles import query_tiles
 KV_TILE, TOKENS = 64, 90
 
 
-@functools.partial(jax.jit, static_argnames=("kv_heads", "workers", "sliding_window"))
+@functools.partial(jax.jit, static_argnames=("kv_heads", "workers", "sliding_window", "item_tiles"))
 def plan_of(length, start, **options):
     return schedule(query_tiles(TOKENS, 2, length, start), kv_tile=KV_TILE, **options)
 
@@ -35,12 +35,13 @@ def walk(share, count):
     kv_heads=st.sampled_from([1, 3, 8]),
     workers=st.sampled_from([1, 7, 264]),
     sliding_window=st.sampled_from([None, 1, 100]),
+    item_tiles=st.sampled_from([0, 1, 3]),
 )
-def test_every_tile_is_in_one_share_and_shares_cost_the_same(rows, kv_heads, workers, sliding_window):
+def test_every_tile_is_in_one_share_and_shares_cost_the_same(rows, kv_heads, workers, sliding_window, item_tiles):
     counts = np.array([n for n, _ in rows], np.int32)
     length = np.array([n + before if n else 0 for n, before in rows], np.int32)
     start = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
-    options = {"kv_heads": kv_heads, "workers": workers, "sliding_window": sliding_window}
+    options = {"kv_heads": kv_heads, "workers": workers, "sliding_window": sliding_window, "item_tiles": item_tiles}
     plan = plan_of(jnp.asarray(length), jnp.asarray(start), **options)
     info, share = np.asarray(plan.tile), np.asarray(plan.share)
     for begin, count, first, last in info[:, 1:]:
@@ -56,10 +57,11 @@ def test_every_tile_is_in_one_share_and_shares_cost_the_same(rows, kv_heads, wor
             assert looked_at[item].isdisjoint(range(begin, end))
             looked_at[item].update(range(begin, end))
             pieces[item] += 1
-        longest = max(longest, sum(end - begin + (begin == 0) for _, begin, end in items))
+        cost = sum(max(end - begin + item_tiles * (begin == 0), 1) for _, begin, end in items)
+        longest = max(longest, cost)
     assert [len(those) for those in looked_at] == count.tolist()
     assert pieces.min() >= 1
     for item, skip, borders in share:
         assert borders == (pieces[item] - 1 if item < len(count) else 0)
         assert skip == 0 or skip < count[item]
-    assert longest <= -(-(count + 1).sum() // workers) + 1
+    assert longest <= -(-np.maximum(count + item_tiles, 1).sum() // workers) + max(item_tiles, 1)

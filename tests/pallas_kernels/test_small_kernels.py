@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 import models
@@ -21,11 +20,11 @@ from pallas_kernels import mosaic
 from pallas_kernels.add_norm import add_norm
 from pallas_kernels.copy_blocks import copy_blocks
 from pallas_kernels.rope import apply_rope, turn_and_write
+from tests.pallas_kernels.interpreter import RACES, on_cpu
 
 on_hopper = pytest.mark.skipif(not mosaic.on_hopper(), reason="needs a Hopper GPU")
-races = plgpu.InterpretGPUParams(detect_races=True)
 real = pytest.param(None, marks=on_hopper, id="real")
-interpreted = pytest.param(races, id="interpreted")
+interpreted = pytest.param(RACES, marks=on_cpu, id="interpreted")
 
 ROPE_SHAPES = {  # tokens, KV heads, query heads of each, head size, block size
     "tiny": (5, 2, 3, 64, 8),
@@ -71,7 +70,10 @@ def same(got, want):
 
 @pytest.mark.parametrize(
     ("interpret", "shape"),
-    [pytest.param(races, "tiny", id="interpreted"), *(pytest.param(None, s, marks=on_hopper) for s in ROPE_SHAPES)],
+    [
+        pytest.param(RACES, "tiny", marks=on_cpu, id="interpreted"),
+        *(pytest.param(None, s, marks=on_hopper) for s in ROPE_SHAPES),
+    ],
 )
 def test_turn_and_write_is_rope_and_write(interpret, shape):
     given = written(*ROPE_SHAPES[shape])
@@ -82,7 +84,7 @@ def test_turn_and_write_is_rope_and_write(interpret, shape):
 @pytest.mark.parametrize(
     ("interpret", "shape"),
     [
-        *(pytest.param(races, s, id=f"interpreted-{s}") for s in ("narrow", "135M", "long")),
+        *(pytest.param(RACES, s, marks=on_cpu, id=f"interpreted-{s}") for s in ("narrow", "135M", "long")),
         *(pytest.param(None, s, marks=on_hopper) for s in NORM_SHAPES),
     ],
 )
