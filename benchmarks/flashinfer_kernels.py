@@ -1,7 +1,7 @@
 """FlashInfer's paged attention on the cases of gpu_kernels.py, in a process with PyTorch: one JSON object at the end.
 
-A case is [kind, rows, context, block]. Decode takes the faster of tensor cores and CUDA cores, prefill the backend
-`fa3`. The kernels are built first; measuring waits for a line on the standard input, so that the card is ours alone.
+A case is [kind, rows, context, block, head size]. Decode takes the faster of tensor cores and CUDA cores, prefill the
+backend `fa3`. Kernels are built first; measuring waits for a line on the standard input: the card is then ours alone.
 """
 
 import json
@@ -13,7 +13,7 @@ import flashinfer
 import numpy as np
 import torch
 
-HEADS, KV_HEADS, DIM = 32, 8, 128
+HEADS, KV_HEADS = 32, 8
 TABLES = 8
 
 
@@ -57,47 +57,49 @@ def once(call, calls: int) -> float:
     return 1.0
 
 
-def measure(kind: str, rows: int, context: int, block: int, seconds=seconds, cores=(True, False)) -> float:
+def measure(kind: str, rows: int, context: int, block: int, dim: int, seconds=seconds, cores=(True, False)) -> float:
     """GB/s, or TFLOP/s of prefill; `cores`: with and without tensor cores."""
     length = lengths_of(rows, context, kind == "ragged")
-    blocks = max(rows * -(-context // block), (1 << 29) // (KV_HEADS * block * DIM * 2))
-    pools = [torch.randn(blocks, KV_HEADS, block, DIM, dtype=torch.bfloat16, device="cuda") for _ in range(2)]
+    blocks = max(rows * -(-context // block), (1 << 29) // (KV_HEADS * block * dim * 2))
+    pools = [torch.randn(blocks, KV_HEADS, block, dim, dtype=torch.bfloat16, device="cuda") for _ in range(2)]
     rng = np.random.default_rng(0)
     work = lambda: torch.empty(256 << 20, dtype=torch.uint8, device="cuda")  # noqa: E731
     if kind == "prefill":
-        q = torch.randn(rows * context, HEADS, DIM, dtype=torch.bfloat16, device="cuda")
+        q = torch.randn(rows * context, HEADS, dim, dtype=torch.bfloat16, device="cuda")
         wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(work(), "HND", backend="fa3")
         start = torch.arange(rows + 1, dtype=torch.int32, device="cuda") * context
         wrapper.plan(
-            start, *pages_of(length, block, blocks, rng), HEADS, KV_HEADS, DIM, block, causal=True, q_data_type=q.dtype
+            start, *pages_of(length, block, blocks, rng), HEADS, KV_HEADS, dim, block, causal=True, q_data_type=q.dtype
         )
         took = seconds(lambda _: wrapper.run(q, tuple(pools)), 4)
-        return 4 * DIM * HEADS * rows * (context * (context + 1) // 2) / took / 1e12
-    q = torch.randn(rows, HEADS, DIM, dtype=torch.bfloat16, device="cuda")
+        return 4 * dim * HEADS * rows * (context * (context + 1) // 2) / took / 1e12
+    q = torch.randn(rows, HEADS, dim, dtype=torch.bfloat16, device="cuda")
     took = []
     for tensor_cores in cores:
         wrappers = []
         for _ in range(TABLES):
             wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(work(), "HND", use_tensor_cores=tensor_cores)
-            wrapper.plan(*pages_of(length, block, blocks, rng), HEADS, KV_HEADS, DIM, block, q_data_type=q.dtype)
+            wrapper.plan(*pages_of(length, block, blocks, rng), HEADS, KV_HEADS, dim, block, q_data_type=q.dtype)
             wrappers.append(wrapper)
         took.append(seconds(lambda i, w=wrappers: w[i].run(q, tuple(pools)), TABLES))
         del wrappers
-    return 4 * int(length.sum()) * KV_HEADS * DIM / min(took) / 1e9
+    return 4 * int(length.sum()) * KV_HEADS * dim / min(took) / 1e9
 
 
 def main() -> None:
     cases, figures = json.loads(sys.argv[1]), {}
     with ThreadPoolExecutor() as pool:
-        for kind, cores in (("prefill", ()), ("decode", (True,)), ("decode", (False,))):
-            pool.submit(measure, kind, 1, 128, 16, once, cores)  # a failure shows again below, with its case
+        builds = [("prefill", 128, ())] + [("decode", dim, (cores,)) for dim in (128, 64) for cores in (True, False)]
+        for kind, dim, cores in builds:  # a failure shows again below, with its case
+            pool.submit(measure, kind, 1, 128, 16, dim, once, cores)
     torch.cuda.empty_cache()
     sys.stdin.readline()
-    for kind, rows, context, block in cases:
+    for kind, rows, context, block, dim in cases:
+        name = json.dumps([kind, rows, context, block, dim])
         try:
-            figures[f"{kind} {rows} x {context} block {block}"] = measure(kind, rows, context, block)
+            figures[name] = measure(kind, rows, context, block, dim)
         except Exception as error:
-            print(f"{kind} {rows} x {context} block {block}: {error}", file=sys.stderr)
+            print(f"{name}: {error}", file=sys.stderr)
         torch.cuda.empty_cache()
     print(json.dumps(figures))
 

@@ -12,6 +12,7 @@ in the same run. A prefill case whose block holds the whole row is the contiguou
 import argparse
 import functools
 import json
+import math
 import statistics
 import subprocess
 import time
@@ -26,9 +27,10 @@ import record
 
 from pallas_kernels import paged_attention
 
-HEADS, KV_HEADS, DIM = 32, 8, 128
+HEADS, KV_HEADS = 32, 8
 DECODE = ((1, 4096), (1, 131072), (8, 1024), (32, 8192), (64, 2048), (256, 1024))
 RAGGED = ((32, 8192), (256, 1024))
+HALF = (("decode", 128, 512), ("ragged", 256, 1024))  # with heads of 64, as in models of 1B and less
 PREFILL = ((1, 16384), (4, 4096), (16, 1024))
 TABLES = {"decode": 8, "ragged": 8, "prefill": 4}
 # Best of FlashInfer and FlashAttention 3 on a card of this kind, an earlier run: block 16, block 128.
@@ -58,11 +60,12 @@ class Case(NamedTuple):
     rows: int
     context: int
     block: int
+    head_dim: int = 128
 
     @property
     def name(self) -> str:
         """Without the block size."""
-        return f"{self.kind} {self.rows} x {self.context}"
+        return f"{self.kind} {self.rows} x {self.context}" + (f" head {self.head_dim}" if self.head_dim != 128 else "")
 
     @property
     def length(self) -> np.ndarray:
@@ -85,19 +88,19 @@ class Case(NamedTuple):
     @property
     def bytes(self) -> int:
         """K and V of the live tokens."""
-        return 4 * int(self.length.sum()) * KV_HEADS * DIM
+        return 4 * int(self.length.sum()) * KV_HEADS * self.head_dim
 
     @property
     def flop(self) -> int:
         """Of the visible pairs."""
-        return 4 * DIM * HEADS * self.rows * (self.context * (self.context + 1) // 2)
+        return 4 * self.head_dim * HEADS * self.rows * (self.context * (self.context + 1) // 2)
 
-    def shapes(self, tokens: int) -> tuple:
-        """Of q, k, v, tables, length, query_start."""
-        sds = jax.ShapeDtypeStruct
-        pool = sds((tokens // self.block, KV_HEADS, self.block, DIM), jnp.bfloat16)
+    def shapes(self, size: int) -> tuple:
+        """Of q, k, v, tables, length, query_start; `size` elements a pool."""
+        sds, block = jax.ShapeDtypeStruct, (KV_HEADS, self.block, self.head_dim)
+        pool = sds((size // math.prod(block), *block), jnp.bfloat16)
         return (
-            sds((self.rows * self.queries, HEADS, DIM), jnp.bfloat16),
+            sds((self.rows * self.queries, HEADS, self.head_dim), jnp.bfloat16),
             pool,
             pool,
             sds((TABLES[self.kind], self.rows, -(-self.context // self.block)), jnp.int32),
@@ -117,13 +120,13 @@ def program(q, k, v, tables, length, start, *, loops: int, attention: str, max_q
     return jax.lax.fori_loop(0, loops, once, q)
 
 
-def compile_all(cases: list[Case], tokens: int, attention: str) -> dict[Case, list]:
+def compile_all(cases: list[Case], size: int, attention: str) -> dict[Case, list]:
     """The programs of all cases, compiled side by side."""
 
     def compiled(case):
         few = None if case.kind == "prefill" else 1
         make = functools.partial(program, attention=attention, max_queries=few)
-        return [jax.jit(functools.partial(make, loops=n)).lower(*case.shapes(tokens)).compile() for n in case.loops]
+        return [jax.jit(functools.partial(make, loops=n)).lower(*case.shapes(size)).compile() for n in case.loops]
 
     with ThreadPoolExecutor(16) as pool:
         return dict(zip(cases, pool.map(compiled, cases), strict=True))
@@ -131,7 +134,7 @@ def compile_all(cases: list[Case], tokens: int, attention: str) -> dict[Case, li
 
 def measure(case: Case, programs: list, pools: list, repeats: int) -> dict:
     """One row of a result: milliseconds, GB/s or TFLOP/s, and the samples in seconds."""
-    shapes = case.shapes(pools[0].size // (KV_HEADS * DIM))
+    shapes = case.shapes(pools[0].size)
     rng, (num_tables, rows, pages) = np.random.default_rng(0), shapes[3].shape
     blocks = shapes[1].shape[0]
     tables = np.stack([rng.permutation(blocks)[: rows * pages].reshape(rows, pages) for _ in range(num_tables)])
@@ -213,7 +216,7 @@ def row_of(case: Case, figures: dict, measured: float | None, top: float) -> tup
         row = {"rows": case.rows, "tokens": case.context, "block_size": case.block, **figures}
         return "prefill", row | {"contiguous": case.block == case.context, "peer_tflop_per_s": best, **peers}
     row = {"case": case.name, "rows": case.rows, "context": case.context, "ragged": case.kind == "ragged"}
-    row |= {"block_size": case.block, **figures, "ceiling_gb_per_s": top}
+    row |= {"head_dim": case.head_dim, "block_size": case.block, **figures, "ceiling_gb_per_s": top}
     return "kernels", row | {"peer": "best of FlashInfer and FlashAttention 3", "peer_gb_per_s": best, **peers}
 
 
@@ -227,27 +230,28 @@ def main() -> None:
     options = parser.parse_args()
     cases = [Case("decode", *shape, block) for shape in DECODE for block in (8, 16, 128)]
     cases += [Case("ragged", *shape, block) for shape in RAGGED for block in (16, 128)]
+    cases += [Case(*shape, 16, 64) for shape in HALF]
     cases += [Case("prefill", *shape, block) for shape in PREFILL for block in (16, 128, shape[1])]
     if options.tiny:
-        cases = [Case("decode", 2, 64, 16), Case("ragged", 2, 64, 16), Case("prefill", 2, 48, 16)]
+        cases = [Case(kind, 2, 64, 16) for kind in ("decode", "ragged", "prefill")] + [Case("decode", 2, 64, 16, 64)]
     cases = [case for case in cases if (options.only or "") in case.name]
-    tokens = 768 if options.tiny else (1 << 18) + (1 << 14)  # of a pool
+    size = (768 if options.tiny else (1 << 18) + (1 << 14)) * KV_HEADS * 128  # elements of a pool
     peer = start_peer(options.peer_python, [case for case in cases if case.block in (16, 128)])
-    programs = compile_all(cases, tokens, options.attention)
+    programs = compile_all(cases, size, options.attention)
     peers = peer_figures(peer)
     top = ceiling(1 << (22 if options.tiny else 33))
     print(f"read ceiling {top:.0f} GB/s")
-    normal = jax.jit(lambda key: jax.random.normal(key, (tokens * KV_HEADS * DIM,), jnp.bfloat16))
+    normal = jax.jit(lambda key: jax.random.normal(key, (size,), jnp.bfloat16))
     pools = [normal(jax.random.key(seed)) for seed in (1, 2)]
     results = {"kernels": [], "prefill": []}
     for case in cases:
         figures = measure(case, programs.pop(case), pools, options.repeats)
-        which, row = row_of(case, figures, peers.get(f"{case.name} block {case.block}"), top)
+        which, row = row_of(case, figures, peers.get(json.dumps(case)), top)
         results[which].append(row)
         ours = row["tflop_per_s"] if which == "prefill" else row["gb_per_s"]
         best = row["peer_tflop_per_s"] if which == "prefill" else row["peer_gb_per_s"]
         print(
-            f"{case.name:20} block {case.block:5}  {row['ms']:8.4f} ms  {ours:7.1f}  "
+            f"{case.name:26} block {case.block:5}  {row['ms']:8.4f} ms  {ours:7.1f}  "
             + (f"{ours / best:.3f} of {best:.0f} ({row['peer_source']}; {row['peer_measured']})" if best else ""),
             flush=True,
         )
