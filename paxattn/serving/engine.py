@@ -10,6 +10,7 @@ one lock, what they note has another, which nobody holds for long.
 
 import asyncio
 import collections
+import contextlib
 import dataclasses
 import inspect
 import statistics
@@ -144,7 +145,8 @@ class Engine:
           max_new_tokens: at least 1.
           priority: higher goes first, where the policy asks for it.
           key: of its sampling, one of `jax.random.key`.
-          on_tokens: called outside of jit after each chunk that brought it tokens or its end, and by `cancel`.
+          on_tokens: called outside of jit after each chunk that brought it tokens or its end, and by `cancel`. What it
+            raises leaves `step`, after everybody else's was called.
           **sampling: temperature, top_k, top_p, min_p, repetition_penalty.
 
         Raises:
@@ -188,13 +190,9 @@ class Engine:
         """Runs one chunk and hands out what it brought; False if there was nothing to do."""
         with self._lock:
             grown = self._turn()
-        for answer in grown:
-            with self._notes:
-                watch = self._watch.get(answer)
-                if answer.finish_reason is not None:
-                    self._watch.pop(answer, None)
-            if watch is not None:
-                watch(answer)
+        with contextlib.ExitStack() as calls:  # everybody's, also if one of them raises
+            for answer in reversed(grown):
+                calls.callback(self._tell, answer)
         return bool(grown or self._leaving) or self.busy
 
     @property
@@ -244,6 +242,15 @@ class Engine:
             "time_to_first_token": statistics.median(first) if first else 0.0,
             "time_per_token": statistics.median(each) if each else 0.0,
         }
+
+    def _tell(self, answer: Answer) -> None:
+        """Calls who watches; after the end for the last time."""
+        with self._notes:
+            watch = self._watch.get(answer)
+            if answer.finish_reason is not None:
+                self._watch.pop(answer, None)
+        if watch is not None:
+            watch(answer)
 
     def _more(self, answer: Answer, sent: int) -> None:
         """Another chunk, unless somebody else's has brought the next token or the end meanwhile."""

@@ -313,6 +313,24 @@ def test_who_watches_is_told_the_end_once_and_is_forgotten(monkeypatch):
     assert [ref() for ref in gone] == [None] * 8
 
 
+def test_who_watches_and_raises_does_not_keep_others_from_being_told():
+    it, told, raised = engine(), {}, []
+
+    def note(answer):
+        told[answer] = len(answer.token_ids)
+        if not raised and sum(bool(a.token_ids) for a in answers) > 1:
+            raised.append(answer)
+            raise RuntimeError("of the one who watches")
+
+    answers = submit_all(it, on_tokens=note)
+    with pytest.raises(RuntimeError, match="of the one who watches"):
+        it.run()
+    assert told == {answer: len(answer.token_ids) for answer in answers if answer.token_ids}
+    it.run()
+    assert all(answer.token_ids == expected(answer.prompt_ids) for answer in answers)
+    assert_idle(it)
+
+
 def test_a_key_makes_a_sample():
     it = engine()
     key, knobs = jax.random.key(9), {"temperature": 2.0, "max_new_tokens": NEW}
