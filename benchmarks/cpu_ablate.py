@@ -3,7 +3,7 @@
 cpu_ablate   pax.ablate on SmolLM2-135M-Instruct: waste, table, kernel, tokens/s, compile time, memory
 simulator    pax.ablate on lengths alone, ShareGPT-like and Alpaca-like; then hundreds of pools in one program
 
-python benchmarks/cpu_ablate.py --save         also writes the pictures of docs/ablations.md
+python benchmarks/cpu_ablate.py --save         also writes two of the pictures of docs/ablations.md
 """
 
 import argparse
