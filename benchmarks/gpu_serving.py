@@ -27,9 +27,9 @@ BUDGET = {"8B": 4096, "1B": 8192, "135M": 8192, "tiny": 512}
 EVERYTHING = 2**30  # steps
 
 METHOD = """
-All requests are in the queue before the clock starts; the program is compiled ahead of time; one call serves everything
-and is timed on the host until its result is ready, after eight steps that warm. The whole is repeated, median and samples
-are kept. Split: one more run in two calls, the first as long as the steps that fed prompts. Prompts are random ids,
+All requests are in the queue before the clock starts; the program is compiled ahead of time; eight steps warm; one call
+serves everything and is timed on the host until its result is ready. The whole is repeated; median and samples stay.
+Split: one more run in two calls, the first as long as the steps that fed prompts. Prompts are random ids,
 weights random, greedy.
 """
 

@@ -49,8 +49,7 @@ def agree(got, wanted, scores, atol=1e-3):
 
 
 @pytest.mark.parametrize("name", TINY)
-@pytest.mark.parametrize("block_size", [1, 3, 16])
-@pytest.mark.parametrize("together", [True, False])
+@pytest.mark.parametrize(("block_size", "together"), [(1, True), (3, False), (16, True), (16, False)])
 def test_beams_equal_hugging_faces(name, block_size, together):
     model, expected = tiny(name)
     options = {"max_new_tokens": 24, "block_size": block_size}

@@ -197,12 +197,12 @@ def test_speculation_is_unobservable_on_real_weights(lm, whole, how):
 
 def test_speculation_by_name_or_object_spans_batches():
     tiny = models.load(GOLDEN / "tiny_llama")
-    prompts = [[82, 154, 252], [87], [5, 6, 7, 5, 6]]
+    prompts = [[82, 154, 252], [87], [5, 6, 7, 5, 6], [9, 9]]
     plain = tiny.generate(prompts, max_new_tokens=12)
     for how in (pax.NGram(1), "self:1", f"draft:{GOLDEN / 'tiny_llama3_rope_tied'}"):
         run = tiny.generate(prompts, max_new_tokens=12, max_num_seqs=2, speculate=how, num_speculative_tokens=3)
         assert [o.token_ids for o in run.outputs] == [o.token_ids for o in plain.outputs]
-        assert len(run.stats["speculation"]["rows"]) == 3
+        assert len(run.stats["speculation"]["rows"]) == 4
 
 
 @pytest.mark.parametrize(
