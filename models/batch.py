@@ -5,6 +5,7 @@ State (device) --Batch.outputs--> [Output(text, token_ids, finish_reason, logpro
 
 import dataclasses
 import itertools
+import numbers
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -160,7 +161,7 @@ def bucket(n: int) -> int:
 
 def eos_set(eos: int | Sequence[int]) -> frozenset[int]:
     """One or several eos ids as a set."""
-    return frozenset([eos] if isinstance(eos, int) else eos)
+    return frozenset([int(eos)] if isinstance(eos, numbers.Integral) else map(int, eos))
 
 
 def merge(total: dict, part: dict) -> dict:

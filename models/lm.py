@@ -94,7 +94,8 @@ class LM:
 
         Args:
           prompts: texts, or token ids; a text by itself is one prompt.
-          watch: called on the host with each state, of the batch or of the engine, that it sees; see `steps`.
+          watch: called on the host with each state, of the batch or of the engine, that it sees; see `steps`. Its
+            arrays are given to the next step once the call returns.
           **options: see `batches`.
         """
         prompts = [prompts] if isinstance(prompts, str) else prompts
@@ -220,6 +221,8 @@ class LM:
         **sampling: Any,
     ) -> Iterator[tuple[pax.State, Batch]]:
         """Runs the prompts batch by batch and yields each state that the host gets to see.
+
+        A state's arrays are given to the next step: read what you want of it before you ask for another.
 
         Args:
           prompts: texts, or token ids; a text by itself is one prompt.

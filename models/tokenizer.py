@@ -22,13 +22,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 # tokenizer.ggml.pre: how text is cut before byte-pair encoding. Other names exist; each stands for a pattern
-# of its own, and a wrong one gives ids that look right.
+# of its own, and a wrong one gives ids that look right; a file that names none may be of any.
 _LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _LLAMA3 = ("llama-bpe", "llama3", "llama-v3")
-_GPT2, _SMOLLM = ("gpt-2", "gpt2", "default"), ("smollm",)
+_GPT2, _SMOLLM = ("gpt-2", "gpt2"), ("smollm",)
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 
 
@@ -189,7 +189,7 @@ def _from_directory(directory: Path) -> Tokenizer:
 
 
 def _from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
-    kind, pre = metadata["tokenizer.ggml.model"], metadata.get("tokenizer.ggml.pre", "default")
+    kind, pre = metadata["tokenizer.ggml.model"], metadata.get("tokenizer.ggml.pre")
     for key, value, known in (("model", kind, ("gpt2",)), ("pre", pre, _SMOLLM + _LLAMA3 + _GPT2)):
         if value not in known:
             raise CheckpointError(

@@ -9,7 +9,11 @@
 
 An implementation is a function with the signature of `reference.paged_attention`, entered in IMPLEMENTATIONS;
 one test suite runs them all. Asked for by name it runs or raises; "auto" takes the fastest one that can.
+
+Reverse-mode gradients under `jit` need "reference": the others loop as often as the lengths ask for.
 """
+
+from collections.abc import Callable
 
 import jax
 
@@ -17,11 +21,24 @@ from pallas_kernels import mosaic, reference, xla
 from pallas_kernels.config import without_sizes
 from pallas_kernels.layouts import obstacle
 
-IMPLEMENTATIONS = {
-    "reference": reference.paged_attention,
-    "xla": xla.paged_attention,
-    "mosaic": mosaic.paged_attention,
-}
+
+class Implementations(dict[str, Callable]):
+    """Functions by name. What is compiled knows them by their names: a name's new function empties JAX's caches."""
+
+    def __init__(self, functions: dict[str, Callable]):
+        super().__init__(functions)
+        self._latest = dict(functions)
+
+    def __setitem__(self, name: str, function: Callable) -> None:
+        if self._latest.get(name, function) is not function:
+            jax.clear_caches()
+        self._latest[name] = function
+        super().__setitem__(name, function)
+
+
+IMPLEMENTATIONS = Implementations(
+    {"reference": reference.paged_attention, "xla": xla.paged_attention, "mosaic": mosaic.paged_attention}
+)
 
 
 def paged_attention(

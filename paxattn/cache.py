@@ -66,7 +66,7 @@ class Cache:
             tuple(KV(jnp.zeros(shape, spec.dtype), jnp.zeros(shape, spec.dtype)) for _ in range(spec.num_layers)),
         )
 
-    def _repr_html_(self) -> str:
+    def _repr_html_(self) -> str | None:
         """A notebook shows the page map of its table."""
         return self.table._repr_html_()
 

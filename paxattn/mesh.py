@@ -203,7 +203,9 @@ def _cards(count: int, shards: int) -> np.ndarray:
 
 def _per_prompt(options: dict, count: int) -> dict:
     """Options that are arrays, one value a prompt; a prompt's key depends on its number, not on its lane."""
-    given = {name: x for name, x in options.items() if name in _PER_ROW and _is_array(x)}
+    given = {name: options[name] for name in _PER_ROW & options.keys()}
+    given = {name: np.asarray(x) if isinstance(x, list | tuple) else x for name, x in given.items()}
+    given = {name: x for name, x in given.items() if _is_array(x)}
     if "temperature" in options:
         key = given.get("key", jax.random.key(0))
         given["key"] = key if key.ndim else jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(count))

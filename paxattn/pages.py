@@ -63,11 +63,11 @@ class PageTable:
         """Pages that rows of these lengths take."""
         return (length + self.block_size - 1) // self.block_size
 
-    def _repr_html_(self) -> str:
-        """A notebook shows the page map."""
+    def _repr_html_(self) -> str | None:
+        """A notebook shows the page map; of stacked tables the fields."""
         from paxattn.viz import page_map
 
-        return page_map(self)._repr_html_()
+        return page_map(self)._repr_html_() if self.pages.ndim == 2 else None
 
 
 @struct

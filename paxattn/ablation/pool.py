@@ -92,7 +92,7 @@ def check_lengths(lengths: Any, run: PoolRun) -> Int32[np.ndarray, "2 R"]:
     if lengths.min() < 1:
         raise ValueError("a length is below 1; prompts and answers have at least one token.")
     longest, room = int(lengths.sum(axis=0).max()), min(run.max_model_len, run.pool_tokens)
-    need = run.max_model_len if run.way == "reserve-max" else longest
+    need = {"reserve-max": run.max_model_len, "power-of-two": 1 << (longest - 1).bit_length()}.get(run.way, longest)
     if max(need, longest) > room or -(-(longest - 1) // run.block_size) > run.pool_tokens // run.block_size:
         raise ValueError(
             f"a request takes {need} tokens of room; max_model_len is {run.max_model_len} and pool_tokens "

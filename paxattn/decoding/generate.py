@@ -165,6 +165,7 @@ def start(
         knobs = dataclasses.replace(jax.tree.map(rows, knobs), key=sample_keys(knobs.key, num_return_sequences))
     tokens = jnp.zeros((prompts, max(max_model_len, width)), jnp.int32).at[:, :width].set(prompt_ids)
     prompt_length = jnp.asarray(prompt_length, jnp.int32)
+    new = jnp.minimum(jnp.asarray(max_new_tokens, jnp.int32), max_model_len - prompt_length)  # a sum might overflow
     return State(
         cache=cache,
         tokens=rows(tokens),
@@ -172,8 +173,8 @@ def start(
         line=jnp.arange(prompts * num_return_sequences),
         known=jnp.array(rows(prompt_length)),
         prompt_length=rows(prompt_length),
-        limit=rows(jnp.minimum(prompt_length + jnp.asarray(max_new_tokens, jnp.int32), max_model_len)),
-        finish=jnp.full(prompts * num_return_sequences, jnp.int32(Finish.RUNNING)),
+        limit=rows(prompt_length + new),
+        finish=rows(jnp.where(prompt_length >= 1, jnp.int32(Finish.RUNNING), jnp.int32(Finish.INVALID))),
         eos=end_ids(eos_token_id),
         sampling=knobs,
         status=jnp.int32(Status.OK),
@@ -295,7 +296,7 @@ def check_prompts(
     if not is_traced(max_new_tokens):
         limit = f"a row holds max_model_len = {max_model_len} tokens; shorten the prompt or raise max_model_len."
         require(
-            lengths + np.asarray(max_new_tokens),
+            lengths.astype(np.int64) + np.asarray(max_new_tokens),
             "prompt + max_new_tokens",
             lambda x: x <= max_model_len,
             limit,

@@ -33,7 +33,7 @@ class Finish(enum.IntEnum):
     OUT_OF_BLOCKS = 3
     NOT_FINITE = 4  # NaN in the row's logits
     CANCELLED = 5  # nobody waits for it any more
-    INVALID = 6  # a step was given counts that it could not feed: the status says why
+    INVALID = 6  # a step was given counts that it could not feed: the status says why; or a prompt without a token
 
     @property
     def label(self) -> str:

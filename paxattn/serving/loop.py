@@ -90,7 +90,7 @@ def serve(
     if max_model_len is None:
         if is_traced(requests.prompt_length) or is_traced(requests.max_new_tokens):
             raise ValueError("the requests are traced, so they cannot size the page table: pass max_model_len.")
-        whole = np.asarray(requests.prompt_length) + np.asarray(requests.max_new_tokens)
+        whole = np.asarray(requests.prompt_length, np.int64) + np.asarray(requests.max_new_tokens)
         max_model_len = int(np.max(whole, initial=1))
     at_least_one(block_size=block_size, max_num_seqs=max_num_seqs, max_model_len=max_model_len)
     budget = mixed_budget(max_num_batched_tokens, max_num_seqs)

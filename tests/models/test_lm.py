@@ -246,6 +246,7 @@ def test_evictions_that_cannot_be_are_refused(options, message):
         models.load(GOLDEN / "tiny_llama").generate([[5]], max_new_tokens=2, **options)
 
 
-def test_a_window_of_the_models_own_has_no_sinks():
+@pytest.mark.parametrize("how", ["sinks:1,window:8", pax.sinks_and_window(1, 8)], ids=["name", "object"])
+def test_a_window_of_the_models_own_has_no_sinks(how):
     with pytest.raises(ValueError, match="a window of 8 tokens: no sinks"):
-        eviction("sinks:1,window:8", dataclasses.replace(CONFIGS["tiny"], sliding_window=8))
+        eviction(how, dataclasses.replace(CONFIGS["tiny"], sliding_window=8))

@@ -91,7 +91,6 @@ def pieces(tokenizer, text):
         ("smollm", [*"1234", " the", " ", *"1234", "z", "q"]),
         ("llama-bpe", ["<|im|>", "123", "4", " the", " ", "123", "4", "zq"]),
         ("gpt-2", ["1234", " the", " ", "1234", "z", "q"]),
-        (None, ["1234", " the", " ", "1234", "z", "q"]),
     ],
 )
 def test_each_pre_cuts_its_own_way(build, pre, expected):
@@ -149,6 +148,8 @@ def test_no_chat_template(tmp_path):
             {"model": "llama"},
             "tokenizer.ggml.model is 'llama'; known here: gpt2. Put the model's tokenizer.json",
         ),
+        ({"pre": None}, "tokenizer.ggml.pre is None; known here"),
+        ({"pre": "default"}, "tokenizer.ggml.pre is 'default'; known here"),
         ({"pre": "qwen2"}, "tokenizer.ggml.pre is 'qwen2'; known here: smollm, llama-bpe"),
         ({"tokens": None}, "0 tokens"),
         ({"tokens": TOKENS[:-1]}, f"{len(TOKENS) - 1} tokens"),

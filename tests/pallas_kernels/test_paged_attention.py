@@ -3,10 +3,11 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import IMPLEMENTATIONS, paged_attention
+from pallas_kernels import IMPLEMENTATIONS, paged_attention, reference
 from pallas_kernels.cases import CASES, make
 
 ANYWHERE = [name for name in IMPLEMENTATIONS if name != "mosaic"]  # that one: test_mosaic.py
@@ -137,3 +138,14 @@ def test_options_out_of_range_are_refused():
         paged_attention(*arrays, sliding_window=0)
     with pytest.raises(ValueError, match="soft_cap is 0"):
         paged_attention(*arrays, soft_cap=0.0)
+
+
+def test_a_name_means_its_latest_function(monkeypatch):
+    """What is compiled knows an implementation by its name."""
+    arrays = make(CASES["decode"])
+    monkeypatch.setitem(IMPLEMENTATIONS, "mine", reference.paged_attention)
+    run = jax.jit(functools.partial(paged_attention, implementation="mine"))
+    first, _ = run(*arrays)
+    IMPLEMENTATIONS["mine"] = lambda q, *_, **__: (jnp.zeros_like(q), jnp.zeros(q.shape[:2]))
+    assert first.any()
+    assert not run(*arrays)[0].any()

@@ -279,6 +279,8 @@ def test_lengths_fit_every_pool_before_any_is_measured(monkeypatch):
     monkeypatch.setattr(sweep.pool, "measure", lambda *_: pytest.fail("measured"))
     with pytest.raises(ValueError, match="a request takes"):
         pax.ablate(LENGTHS, **POOL | {"pool_tokens": [512, 30]})
+    with pytest.raises(ValueError, match="a request takes 2048 tokens of room"):  # what is reserved, not what is used
+        pax.ablate(np.array([[1000], [500]]), way="power-of-two", pool_tokens=1600)
 
 
 @pytest.mark.parametrize(("name", "text"), [

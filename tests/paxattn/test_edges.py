@@ -21,17 +21,48 @@ def answers(ids, length, new):
     return [CHAIN.answer(ids[row, :n], k) for row, (n, k) in enumerate(zip(length.tolist(), new, strict=True))]
 
 
-@pytest.mark.parametrize("block_size", [1, 4, 16])
-def test_a_traced_limit_ends_where_the_row_does(block_size):
+@pytest.mark.parametrize(("block_size", "most"), [(1, 9), (4, GREATEST), (16, GREATEST - 4)])
+def test_a_traced_limit_ends_where_the_row_does(block_size, most):
     """Nobody can refuse it; the row has its true tokens up to max_model_len, whatever the last block could hold."""
     ids, length = prompts((4, 3))
     run = jax.jit(
         lambda new: pax.generate(CHAIN, ids, length, max_new_tokens=new, max_model_len=10, block_size=block_size)
     )
-    result = run(jnp.array([9, 6]))
+    result = run(jnp.array([most, 6]))
     assert tokens_of(result) == answers(ids, length, (6, 6))
     assert result.finish_reason.tolist() == [pax.Finish.LENGTH] * 2
     assert int(result.status) == pax.Status.OK
+
+
+@pytest.mark.parametrize("answers_to", [pax.generate, pax.serve])
+def test_more_tokens_than_an_integer_holds_are_refused(answers_to):
+    ids, length = prompts((4, 3))
+    new = np.array([GREATEST, 1], np.int32)
+    if answers_to is pax.serve:
+        run = functools.partial(pax.serve, CHAIN, pax.Requests.create(ids, length, max_new_tokens=new), max_num_seqs=2)
+    else:
+        run = functools.partial(pax.generate, CHAIN, ids, length, max_new_tokens=new)
+    with pytest.raises(ValueError, match=str(GREATEST + 4)):
+        run(max_model_len=10)
+
+
+@pytest.mark.parametrize("program", [
+    pax.generate,
+    functools.partial(pax.generate, num_return_sequences=2, temperature=1.0),
+    functools.partial(pax.beam_search, num_beams=2),
+    lambda *given, **how: pax.speculate(*given, drafter=pax.NGram(1), **how)[0],
+], ids=["generate", "samples", "beams", "speculation"])  # fmt: skip
+def test_a_prompt_without_a_token_is_answered_by_none(program):
+    """Traced, nobody can refuse it; the others do not notice."""
+    ids, length = prompts((5, 3))
+    run = jax.jit(functools.partial(program, max_new_tokens=4, max_model_len=16))
+    both, alone = (run(CHAIN, ids, jnp.array([length[0], n])) for n in (0, 3))
+    rows = both.token_ids.shape[0] // 2
+    assert both.finish_reason.reshape(2, -1)[1].tolist() == [pax.Finish.INVALID] * (both.finish_reason.size // 2)
+    assert not both.length.reshape(2, -1)[1].any()
+    assert both.token_ids[:rows].tolist() == alone.token_ids[:rows].tolist()
+    assert not any(pax.violations(both.cache.table).values())
+    assert not both.cache.table.blocks.refcount.any()
 
 
 @pytest.mark.parametrize("count", [GREATEST, GREATEST - 4])

@@ -209,6 +209,7 @@ def bars(svg, fill):
 def test_a_notebook_shows_tables_and_caches_as_page_maps():
     _, t = verbs()
     assert t._repr_html_() == pax.Cache(t, ())._repr_html_() == viz.page_map(t).svg()
+    assert jax.tree.map(lambda x: jnp.stack([x, x]), t)._repr_html_() is None  # of two shards
 
 
 @pytest.mark.parametrize("forked", [False, True])
