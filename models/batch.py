@@ -5,7 +5,6 @@ State (device) --Batch.outputs--> [Output(text, token_ids, finish_reason, logpro
 
 import dataclasses
 import itertools
-import numbers
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -161,7 +160,7 @@ def bucket(n: int) -> int:
 
 def eos_set(eos: int | Sequence[int]) -> frozenset[int]:
     """One or several eos ids as a set."""
-    return frozenset([int(eos)] if isinstance(eos, numbers.Integral) else map(int, eos))
+    return frozenset([int(eos)] if isinstance(eos, int | np.integer) else map(int, eos))
 
 
 def merge(total: dict, part: dict) -> dict:

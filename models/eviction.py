@@ -17,8 +17,8 @@ def eviction(how: pax.Eviction | str | None, config: LlamaConfig) -> pax.Evictio
       ValueError: another form, or sinks for a model with a window of its own, which would not see them.
     """
     if not isinstance(how, str):
-        if isinstance(score := getattr(how, "score", None), SinksAndWindow):
-            _require_window_alone(how, score.sinks, config)
+        if how is not None and isinstance(how.score, SinksAndWindow):
+            _require_window_alone(how, how.score.sinks, config)
         return how
     read = re.fullmatch(r"(?:sinks:(\d+),)?window:(\d+)", how)
     if read is None:

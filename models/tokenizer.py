@@ -189,7 +189,7 @@ def _from_directory(directory: Path) -> Tokenizer:
 
 
 def _from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
-    kind, pre = metadata["tokenizer.ggml.model"], metadata.get("tokenizer.ggml.pre")
+    kind, pre = metadata["tokenizer.ggml.model"], str(metadata.get("tokenizer.ggml.pre", "missing"))
     for key, value, known in (("model", kind, ("gpt2",)), ("pre", pre, _SMOLLM + _LLAMA3 + _GPT2)):
         if value not in known:
             raise CheckpointError(

@@ -101,7 +101,8 @@ def generate(
     budget = prefill_budget(prompt_ids.shape, max_num_batched_tokens)
     if num_return_sequences > 1:
         state = fan_out(model, state, group=num_return_sequences, budget=budget, attention=attention, evict=evict)
-    width = state.tokens.shape[1] - 1 if is_traced(max_new_tokens) else int(np.max(max_new_tokens))
+    most = state.tokens.shape[1] - 1
+    width = most if is_traced(max_new_tokens) else min(most, int(np.max(max_new_tokens)))
     run = functools.partial(advance, shared=num_return_sequences > 1)
     run = run if evict is None else functools.partial(eviction.advance, evict=evict)
     return finish(run(model, state, budget=budget, attention=attention), width=width)

@@ -93,7 +93,8 @@ def speculate(
     state = begin(drafter, state, k=num_speculative_tokens)
     budget = prefill_budget(prompt_ids.shape, max_num_batched_tokens)
     state = advance(model, drafter, state, k=num_speculative_tokens, budget=budget, attention=attention)
-    width = state.tokens.shape[1] - 1 if is_traced(max_new_tokens) else int(np.max(max_new_tokens))
+    most = state.tokens.shape[1] - 1
+    width = most if is_traced(max_new_tokens) else min(most, int(np.max(max_new_tokens)))
     return finish(state, width=width), state.tally
 
 

@@ -148,7 +148,7 @@ def test_no_chat_template(tmp_path):
             {"model": "llama"},
             "tokenizer.ggml.model is 'llama'; known here: gpt2. Put the model's tokenizer.json",
         ),
-        ({"pre": None}, "tokenizer.ggml.pre is None; known here"),
+        ({"pre": None}, "tokenizer.ggml.pre is 'missing'; known here"),
         ({"pre": "default"}, "tokenizer.ggml.pre is 'default'; known here"),
         ({"pre": "qwen2"}, "tokenizer.ggml.pre is 'qwen2'; known here: smollm, llama-bpe"),
         ({"tokens": None}, "0 tokens"),
