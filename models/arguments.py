@@ -18,7 +18,7 @@ def int32(text: str) -> int:
 
 
 def int64(text: str) -> int:
-    """An integer of 64 bits, which a seed may be."""
+    """An integer of 64 bits, which a seed may be; a key of JAX keeps the lower 32."""
     return _within(text, 2**63)
 
 

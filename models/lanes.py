@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 import paxattn as pax
-from paxattn.mesh import deal, join, placed
+from paxattn.mesh import deal, deal_lengths, join, placed
 
 
 def over(program: Callable, mesh: Mesh | None) -> Callable:
@@ -64,6 +64,10 @@ class Lanes:
     def deal(self, tree: Any) -> Any:
         """Arrays with a line a prompt, dealt to the shards."""
         return tree if self.mesh is None else deal(tree, self.shards)
+
+    def deal_lengths(self, length: Any) -> Any:
+        """Lengths of the prompts, 0 for what only fills up a hand."""
+        return length if self.mesh is None else deal_lengths(length, self.shards)
 
     def deal_rows(self, rows: np.ndarray) -> Any:
         """A value a row, of which a prompt may have several."""

@@ -232,7 +232,8 @@ class LM:
           num_beams: above 1, beam search; it takes neither sampling knobs nor stop strings.
           length_penalty: of beam search, as in `paxattn.beam_search`.
           early_stopping: of beam search, likewise.
-          seed: of the sampling keys; prompt i uses fold_in(key(seed), i), its samples as `sample_keys` says.
+          seed: of the sampling keys, of which the lower 32 bits count; prompt i uses fold_in(key(seed), i), its samples
+            as `sample_keys` says.
           stop_strings: an answer ends before the first of these.
           eos_token_id: ends an answer; the checkpoint's by default, () for none.
           block_size: tokens a block.
@@ -280,7 +281,8 @@ class LM:
             budget = pax.prefill_budget((lanes.hand, width), max_num_batched_tokens)
             lines = [tokens for tokens in rows for _ in range(group)]
             batch = Batch(self.tokenizer, lines, max_new_tokens, tuple(stop_strings), eos_set(eos), group)
-            given = self._packed, *lanes.deal((jnp.asarray(ids), jnp.array(list(map(len, rows)), jnp.int32)))
+            length = lanes.deal_lengths(jnp.array(list(map(len, rows)), jnp.int32))
+            given = self._packed, lanes.deal(jnp.asarray(ids)), length
             size = pool_size(lanes.hand, width, new, group, block_size, width + new)
             sizes: dict[str, Any] = {
                 "max_new_tokens": lanes.deal(jnp.full(len(rows), max_new_tokens, jnp.int32)),

@@ -143,7 +143,10 @@ def on_mesh(program: Callable, mesh: Mesh) -> Callable:
             given |= _room(given)
         rows = {name: x for name, x in given.items() if name in _ROWS}
         count = jax.tree.leaves(rows)[0].shape[0]
-        return join(lanes(**given | deal(rows | _per_prompt(given, count), mesh.shape[DATA])), mesh, count)
+        hands = deal(rows | _per_prompt(given, count), mesh.shape[DATA])
+        if "prompt_length" in rows:
+            hands["prompt_length"] = deal_lengths(rows["prompt_length"], mesh.shape[DATA])
+        return join(lanes(**given | hands), mesh, count)
 
     return run
 
@@ -151,18 +154,25 @@ def on_mesh(program: Callable, mesh: Mesh) -> Callable:
 def deal(tree: Any, shards: int) -> Any:
     """Arrays with a line a prompt [R, ...] as hands of equal length [D, n, ...], dealt like cards.
 
-    The last prompt fills up the last hands; requests that do so end before they begin.
+    The last prompt fills up the last hands; requests that do so end before they begin, as prompts do whose lengths are
+    dealt by `deal_lengths`.
     """
     count = jax.tree.leaves(tree)[0].shape[0]
     at = _cards(count, shards)
 
     def hand(node):
-        node = jax.tree.map(lambda x: jnp.asarray(x)[np.minimum(at, count - 1)], node)
+        hands = jax.tree.map(lambda x: jnp.asarray(x)[np.minimum(at, count - 1)], node)
         if not isinstance(node, Requests):
-            return node
-        return dataclasses.replace(node, prompt_length=jnp.where(at < count, node.prompt_length, 0))
+            return hands
+        return dataclasses.replace(hands, prompt_length=deal_lengths(node.prompt_length, shards))
 
     return jax.tree.map(hand, tree, is_leaf=lambda node: isinstance(node, Requests))
+
+
+def deal_lengths(length: Any, shards: int) -> jax.Array:
+    """Lengths of prompts [R] dealt like the prompts [D, n], 0 where the last one only fills up a hand."""
+    at, length = _cards(np.shape(length)[0], shards), jnp.asarray(length)
+    return jnp.where(at < length.size, length[np.minimum(at, length.size - 1)], 0)
 
 
 def join(tree: Any, mesh: Mesh, count: int) -> Any:

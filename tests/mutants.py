@@ -221,6 +221,7 @@ MUTANTS = (
     Mutant("pictures: a file knows no dark theme", "paxattn/viz/picture.py", "prefers-color-scheme:dark", "min-width:1px", VIZ),
     Mutant("verify steps: copies are not counted", "paxattn/decoding/step.py", "blocks_copied=stats.blocks_copied + copied", "blocks_copied=stats.blocks_copied", "tests/paxattn/test_viz.py"),
     Mutant("mesh: a request enters every shard", "paxattn/serving/chunk.py", "line % shards == jnp.arange(shards)[:, None]", "jnp.arange(shards)[:, None] >= 0", MESH.format("engine (2, 2)")),
+    Mutant("mesh: what fills up a hand is fed", "paxattn/mesh.py", "jnp.where(at < length.size, length[np.minimum(at, length.size - 1)], 0)", "length[np.minimum(at, length.size - 1)]", MESH.format("samples (2, 2)")),
     Mutant("mesh: another shard's request is cancelled", "paxattn/serving/chunk.py", "deal(lines, shards)", "lines.reshape(shards, -1)", MESH.format("engine (2, 2)")),
     Mutant("snapshot: repeated heads out of order", "models/recut.py", "jnp.arange(heads) * x.shape[-3] // heads", "jnp.arange(heads) % x.shape[-3]", MESH.format("snapshots")),
     Mutant("snapshot: a model cut otherwise is another", "models/snapshot.py", "times = heads // config.num_key_value_heads", "times = 1", MESH.format("snapshots")),

@@ -67,7 +67,7 @@ class Engine:
       steps: steps a chunk: the host sees new tokens, and the device new requests, that often.
       policy: who goes first; first come, first served by default.
       eos_token_id: none, one or several ids that end a request.
-      seed: of requests that bring no key; the i-th one submitted samples with fold_in(key(seed), i).
+      seed: of requests that bring no key; the i-th one submitted samples with fold_in(key(seed), i); 32 bits count.
       attention: implementation of paged attention, by name.
       mesh: the devices that the model lies on, see `paxattn.on_mesh`; requests go to its data shards in turn, and the
         sizes are those of one shard. Of several processes each must make the same calls.

@@ -127,6 +127,8 @@ def samples_share(where):
     one, many = (run(pax.generate, place, ids[:3], length[:3], **options) for place in (None, where))
     assert tokens_of(one) == tokens_of(many)
     assert len(many.length) == 6
+    assert int(many.stats.tokens_fed.sum()) == int(one.stats.tokens_fed)  # what fills up a hand is not fed
+    assert int(many.stats.blocks_allocated.sum()) == int(one.stats.blocks_allocated)
 
 
 def speculation_is(where):
