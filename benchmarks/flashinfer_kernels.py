@@ -31,23 +31,33 @@ def pages_of(length, block, blocks, rng):
     return (torch.tensor(x, dtype=torch.int32, device="cuda") for x in (indptr, indices, last))
 
 
+def captured(call, calls: int, loops: int) -> torch.cuda.CUDAGraph:
+    """A graph of `loops` times `call(i)` for i < calls."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(loops):
+            for i in range(calls):
+                call(i)
+    return graph
+
+
+def elapsed(graph: torch.cuda.CUDAGraph) -> float:
+    """Seconds of a replay, its launch included."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    graph.replay()
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end) / 1e3
+
+
 def seconds(call, calls: int) -> float:
-    """Median of 5 graph replays of `call(i)` for i < calls, a call."""
+    """A call: median of 5 differences between replays of nine loops and of one, as ours are; a launch drops out."""
     for i in range(calls):
         call(i)
     torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for i in range(calls):
-            call(i)
-    times = []
-    for _ in range(6):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end) / 1e3 / calls)
+    one, nine = (captured(call, calls, loops) for loops in (1, 9))
+    times = [(elapsed(nine) - elapsed(one)) / (8 * calls) for _ in range(6)]
     return statistics.median(times[1:])
 
 
