@@ -58,7 +58,7 @@ def measure(name: str, bench: Bench, program: jax.stages.Compiled, repeats: int)
     """One model: warm, repeat, split."""
     runs = []
     bench.measure([8, 0], program=program)  # warms
-    for _ in range(repeats):
+    for _ in range(max(repeats, 1)):
         figures = bench.figures(*bench.measure([EVERYTHING], program=program))
         runs.append(figures["seconds"])
     seconds = record.summary(runs)

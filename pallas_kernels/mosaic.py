@@ -52,8 +52,10 @@ def run(
 ) -> tuple[jax.Array, jax.Array]:
     """The kernels as they are, wherever they are to run; `sizes` replaces some of theirs."""
     group = q.shape[1] // k_pool.shape[1]
-    best = decode_config(q.shape[2], pages.shape[0], pages.shape[1] * k_pool.shape[2])
-    tuned = {"config": resized(best, sizes)} if sizes else {}
+    tuned = {}
+    if sizes:
+        best = decode_config(q.shape[2], pages.shape[0], pages.shape[1] * k_pool.shape[2])
+        tuned = {"config": resized(best, sizes)}
     if max_queries is not None and max_queries * group <= decode.ROWS:
         given = tuned | options
         return decode.paged_attention(q, k_pool, v_pool, pages, length, query_start, max_queries=max_queries, **given)

@@ -26,7 +26,7 @@ class Schedule(NamedTuple):
 
 
 def schedule(
-    tiles: QueryTiles, *, kv_tile: int, kv_heads: int, workers: int, sliding_window: int | None, item_tiles: int = 1
+    tiles: QueryTiles, *, kv_tile: int, kv_heads: int, workers: int, sliding_window: int | None, item_tiles: int
 ) -> Schedule:
     """Deals the KV tiles that each (query tile, KV head) must see to `workers` equal shares.
 

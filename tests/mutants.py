@@ -150,7 +150,7 @@ MUTANTS = (
     Mutant("edge: a traced limit runs past the row", "paxattn/decoding/generate.py", "jnp.minimum(jnp.asarray(max_new_tokens, jnp.int32), max_model_len - prompt_length)", "jnp.asarray(max_new_tokens, jnp.int32)", "tests/paxattn/test_edges.py::test_a_traced_limit_ends_where_the_row_does"),
     Mutant("a sum of lengths overflows", "paxattn/decoding/generate.py", "lengths.astype(np.int64) + np", "lengths + np", "tests/paxattn/test_edges.py::test_more_tokens_than_an_integer_holds_are_refused"),
     Mutant("a name means its first function", "pallas_kernels/api.py", "            jax.clear_caches()", "            pass", "tests/pallas_kernels/test_paged_attention.py::test_a_name_means_its_latest_function"),
-    Mutant("a power of two is reserved that never fits", "paxattn/ablation/pool.py", "1 << (longest - 1).bit_length()", "longest", "tests/paxattn/test_ablate.py::test_lengths_fit_every_pool_before_any_is_measured"),
+    Mutant("a power of two is reserved that never fits", "paxattn/ablation/pool.py", "int(reservation(whole, run).max())", "longest", "tests/paxattn/test_ablate.py::test_lengths_fit_every_pool_before_any_is_measured"),
     Mutant("a share begins a tile late", "pallas_kernels/schedule.py", "rest - head * cost[inside] - item_tiles, 0)", "rest - head * cost[inside], 0)", "tests/pallas_kernels/test_schedule.py"),
     Mutant("an item costs no more than its tiles", "pallas_kernels/schedule.py", "jnp.maximum(count + item_tiles, 1)", "jnp.maximum(count, 1)", "tests/pallas_kernels/test_schedule.py"),
     Mutant("queries of a decode tile come as they are", "pallas_kernels/decode.py", "if interpret or used > 8 else", "if interpret else", "tests/pallas_kernels/test_mosaic.py::test_lowers_for_an_h100"),

@@ -91,8 +91,9 @@ def check_lengths(lengths: Any, run: PoolRun) -> Int32[np.ndarray, "2 R"]:
         raise ValueError(f"lengths are {lengths.dtype} {lengths.shape}; they must be integers [2, R], R at least 1.")
     if lengths.min() < 1:
         raise ValueError("a length is below 1; prompts and answers have at least one token.")
-    longest, room = int(lengths.sum(axis=0).max()), min(run.max_model_len, run.pool_tokens)
-    need = {"reserve-max": run.max_model_len, "power-of-two": 1 << (longest - 1).bit_length()}.get(run.way, longest)
+    whole = lengths.astype(np.int64).sum(axis=0)
+    longest, room = int(whole.max()), min(run.max_model_len, run.pool_tokens)
+    need = int(reservation(whole, run).max())
     if max(need, longest) > room or -(-(longest - 1) // run.block_size) > run.pool_tokens // run.block_size:
         raise ValueError(
             f"a request takes {need} tokens of room; max_model_len is {run.max_model_len} and pool_tokens "
@@ -109,14 +110,16 @@ def simulated(lengths: Int32[np.ndarray, "2 R"], run: PoolRun) -> Simulation:
     )
 
 
+def reservation(whole: np.ndarray, run: PoolRun) -> np.ndarray:
+    """Tokens of room that a request of so many takes, in blocks not rounded up."""
+    if run.way == "reserve-max":
+        return np.full_like(whole, run.max_model_len)
+    return 2 ** np.ceil(np.log2(whole)).astype(whole.dtype) if run.way == "power-of-two" else whole
+
+
 def reserved(lengths: Int32[np.ndarray, "2 R"], run: PoolRun) -> Use:
     """The other ways, run until every request has ended."""
-    whole = lengths.sum(axis=0)
-    room = {
-        "reserve-max": np.full_like(whole, run.max_model_len),
-        "power-of-two": 2 ** np.ceil(np.log2(whole)).astype(np.int32),
-        "oracle": whole,
-    }[run.way]
+    room = reservation(lengths.sum(axis=0, dtype=np.int32), run)
     return _complete(
         lambda steps: _reserve(*lengths, room, run.pool_tokens, run.max_num_seqs, steps), lengths, room, run
     )

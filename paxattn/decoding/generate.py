@@ -101,11 +101,9 @@ def generate(
     budget = prefill_budget(prompt_ids.shape, max_num_batched_tokens)
     if num_return_sequences > 1:
         state = fan_out(model, state, group=num_return_sequences, budget=budget, attention=attention, evict=evict)
-    most = state.tokens.shape[1] - 1
-    width = most if is_traced(max_new_tokens) else min(most, int(np.max(max_new_tokens)))
     run = functools.partial(advance, shared=num_return_sequences > 1)
     run = run if evict is None else functools.partial(eviction.advance, evict=evict)
-    return finish(run(model, state, budget=budget, attention=attention), width=width)
+    return finish(run(model, state, budget=budget, attention=attention), width=answer_width(state, max_new_tokens))
 
 
 def start(
@@ -196,6 +194,12 @@ def finish(state: State, *, width: int) -> Generation:
         cache=state.cache,
         trace=state.trace,
     )
+
+
+def answer_width(state: State, max_new_tokens: int | Int32[Array, "R"]) -> int:
+    """Columns that hold every answer: of the largest limit where it is known, and never more than a row has."""
+    most = state.tokens.shape[1] - 1
+    return most if is_traced(max_new_tokens) else min(most, int(np.max(max_new_tokens)))
 
 
 def new_tokens(buffer: Array, prompt_length: Int32[Array, "R"], known: Int32[Array, "R"], width: int) -> Array:

@@ -14,11 +14,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from paxattn.cache import Cache, extend
 from paxattn.decoding.drafters import Draft, Drafter
-from paxattn.decoding.generate import MAX_NUM_BATCHED_TOKENS, Generation, finish, is_traced, prefill_budget, start
+from paxattn.decoding.generate import MAX_NUM_BATCHED_TOKENS, Generation, answer_width, finish, prefill_budget, start
 from paxattn.decoding.model import Model, logits_of
 from paxattn.decoding.rejection import check_vocabulary, take
 from paxattn.decoding.sampling import logprob
@@ -93,9 +92,7 @@ def speculate(
     state = begin(drafter, state, k=num_speculative_tokens)
     budget = prefill_budget(prompt_ids.shape, max_num_batched_tokens)
     state = advance(model, drafter, state, k=num_speculative_tokens, budget=budget, attention=attention)
-    most = state.tokens.shape[1] - 1
-    width = most if is_traced(max_new_tokens) else min(most, int(np.max(max_new_tokens)))
-    return finish(state, width=width), state.tally
+    return finish(state, width=answer_width(state, max_new_tokens)), state.tally
 
 
 def begin(drafter: Drafter, state: State, *, k: int) -> Speculation:

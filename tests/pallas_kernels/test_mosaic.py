@@ -168,7 +168,10 @@ def test_sizes_stand_in_the_name(monkeypatch):
 
 
 @pytest.mark.parametrize(("name", "message"), [
-    ("mosaic(tile=64)", "tile; mosaic has kv_tile, stages, workers, num_sms, item_tiles, prefill_kv_tile"),
+    (
+        "mosaic(tile=64)",
+        "unknown sizes tile; mosaic has kv_tile, stages, workers, num_sms, item_tiles, prefill_kv_tile",
+    ),
     ("mosaic(kv_tile=96)", "kv_tile is 96, must be a multiple of 64, at most 256"),
     ("mosaic(kv_tile=320)", "kv_tile is 320"),
     ("mosaic(workers=3)", "workers is 3, must be at most 2"),

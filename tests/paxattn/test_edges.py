@@ -21,7 +21,8 @@ def answers(ids, length, new):
     return [CHAIN.answer(ids[row, :n], k) for row, (n, k) in enumerate(zip(length.tolist(), new, strict=True))]
 
 
-@pytest.mark.parametrize(("block_size", "most"), [(1, 9), (4, GREATEST), (16, GREATEST - 4)])
+@pytest.mark.parametrize("block_size", [1, 4, 16])
+@pytest.mark.parametrize("most", [9, GREATEST, GREATEST - 4])
 def test_a_traced_limit_ends_where_the_row_does(block_size, most):
     """Nobody can refuse it; the row has its true tokens up to max_model_len, whatever the last block could hold."""
     ids, length = prompts((4, 3))
