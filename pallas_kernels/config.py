@@ -116,7 +116,7 @@ def decode_config(head_dim: int, num_rows: int, max_tokens: int) -> KernelConfig
     if not few:
         return shared
     if head_dim == 128 and num_rows * max_tokens <= 1 << 15:
-        return dataclasses.replace(shared, workers=1, stages=4)
+        return dataclasses.replace(shared, workers=1)
     return dataclasses.replace(shared, workers=1, kv_tile=128)
 
 

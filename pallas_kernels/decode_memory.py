@@ -83,8 +83,8 @@ def _stream(call: Call, refs: Refs, lane: int, *, keys: bool, part: int, parts: 
 
 
 def _sizes(unit: int) -> list[int]:
-    """Tokens that a copy may have, largest first: 8 or more, since shared memory is tiled by 8 rows."""
-    return [unit >> i for i in range(3) if (unit >> i) % 8 == 0]
+    """Tokens that a copy may have, largest first: by eighths of a unit, not less than the 8 rows of a memory tile."""
+    return list(range(unit, 0, -max(unit // 8, 8)))
 
 
 def _smallest(sizes: list[int], live, copy) -> None:
