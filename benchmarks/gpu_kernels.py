@@ -3,7 +3,7 @@
     compile   all programs in threads, while the peer builds its kernels in a process of its own (--peer-python)
     peer      FlashInfer on the same cases, alone on the card (flashinfer_kernels.py)
     decode    8 calls over 8 random page tables, in a loop in one program -> ms a call    kernels.json
-    prefill   4 calls in one program                                      -> ms a call    prefill.json
+    prefill   4 calls, likewise                                           -> ms a call    prefill.json
 
 Pools are larger than the cache of the chip and each call reads other pages. The ceiling is a plain reduction over 8 GB
 in the same run. A prefill case whose block holds the whole row is the contiguous kernel to compare paging with.
@@ -47,8 +47,8 @@ PUBLISHED = {
     "prefill 4 x 4096": (471, 574),
     "prefill 16 x 1024": (371, 404),
 }
-METHOD = """Host clock around a blocking call, median; decode: (time of many loop iterations - time of one) over the
-calls between them. Bytes: K and V of live tokens. FLOP: 4 D H a visible pair. peer: the better of the peer measured in
+METHOD = """Host clock around a blocking call; (time of many loop iterations - time of one) over the calls between them,
+median. Bytes: K and V of live tokens. FLOP: 4 D H a visible pair. peer: the better of the peer measured in
 this run (peer_measured: FlashInfer 0.6.12 in a PyTorch process on the same card) and of FlashInfer and FlashAttention 3
 in an earlier run on another draw of lengths (peer_published); peer_source says which."""
 
@@ -81,9 +81,9 @@ class Case(NamedTuple):
 
     @property
     def loops(self) -> tuple[int, ...]:
-        """How often its programs go over the tables: decode is measured by a difference."""
+        """How often its programs go over the tables: what is measured is a difference, in which launches drop out."""
         calls = 2e-2 * 2.5e12 / (self.bytes * TABLES[self.kind])  # 20 ms
-        return (1,) if self.kind == "prefill" else (1, 1 + max(2, min(40, int(calls))))
+        return (1, 5) if self.kind == "prefill" else (1, 1 + max(2, min(40, int(calls))))
 
     @property
     def bytes(self) -> int:
@@ -152,8 +152,6 @@ def measure(case: Case, programs: list, pools: list, repeats: int) -> dict:
         return time.perf_counter() - began
 
     def sample():
-        if len(programs) == 1:
-            return seconds(programs[0]) / (num_tables * case.loops[0])
         return (seconds(programs[1]) - seconds(programs[0])) / (num_tables * (case.loops[1] - case.loops[0]))
 
     for one in programs:
@@ -255,9 +253,8 @@ def main() -> None:
             + (f"{ours / best:.3f} of {best:.0f} ({row['peer_source']}; {row['peer_measured']})" if best else ""),
             flush=True,
         )
-    if options.save:
-        for name, rows in results.items():
-            print(record.write(name, rows, method=METHOD))
+        if options.save:  # after each row: a run that is cut leaves what it has
+            record.write(which, results[which], method=METHOD)
 
 
 if __name__ == "__main__":

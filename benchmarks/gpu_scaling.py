@@ -3,6 +3,7 @@
 psum      the all-reduce of a layer alone, N of them in one program                             -> us each
 decode    prompts stand in the cache (pages taken, contents zero), then N plain greedy steps   -> ms a step
 serving   256 requests, `random.Random(0)`, 100..1024 tokens each way, no end token             -> tokens / s
+          512 of them, 256 rows a device at most, on one device and with data=2
 
 All programs of all sides are compiled together, from shapes, before the first array is made.
     python benchmarks/gpu_scaling.py --save            python benchmarks/gpu_scaling.py --tiny
@@ -35,17 +36,18 @@ from models.serve_bench import Bench, workload
 from models.shapes import CONFIGS
 
 SIDES = {"one": None, "model=2": (1, 2), "data=2": (2, 1)}
-GOALS = {("model=2", "decode", 1): 1.6, ("data=2", "serving", None): 1.95}
+GOALS = {("model=2", "decode", 1): 1.6, ("data=2", "serving", 256): 1.95}
 METHOD = """
 One process, random weights, greedy; one device has its model packed, a mesh as it is. Decode: time of one call of N
 steps / N, from a fresh state whose pages are taken and whose cached contents are zero; host clock around a blocking
 call; the first run warms, median of the rest. Rows are those of all devices together; data=2 deals them to two shards.
 Serving: as in gpu_serving.py, one run after a warm-up of 8 steps; data=2 deals the requests, its rows and blocks are a
-shard's. psum: NCCL's own time for the collective of a layer: a loop of all-reduces of [rows, E] in the model's dtype
-over both devices, which XLA hands to NCCL, with nothing between them but a product by 1/2; time of the call / their
-number. collectives: how many a decode step has, counted in the compiled text: two all-reduces a layer and the
-embedding's; the head's is a gather of 3 numbers a row. all_reduce_share: their number x psum at these rows / the time
-of a step, computed and not traced. times: one device's time / this time.
+shard's. With 256 requests a shard has half the rows, and as many steps that read all weights as one device has; with
+512 both have rows enough. psum: NCCL's own time for the collective of a layer: a loop of all-reduces of [rows, E] in
+the model's dtype over both devices, which XLA hands to NCCL, with nothing between them but a product by 1/2; time of
+the call / their number. collectives: how many a decode step has, counted in the compiled text: two all-reduces a
+layer and the embedding's; the head's is a gather of 3 numbers a row. all_reduce_share: their number x psum at these
+rows / the time of a step, computed and not traced. times: one device's time / this time.
 """
 COLLECTIVES = r" (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
 
@@ -121,32 +123,41 @@ class Side:
 
     name: str
     decodes: list[Decode]
-    bench: Bench
+    benches: dict[int, Bench]  # by requests
+
+    @property
+    def mesh(self) -> Mesh | None:
+        """Of its devices."""
+        return mesh_of(self.name)
 
     def lower(self, options: argparse.Namespace) -> dict[tuple, Callable[[], Lowered]]:
         """How to lower each of its programs."""
-        parts = {"serving": self.bench} | {decode.rows: decode for decode in self.decodes}
-        maker = functools.partial(programs.lower_maker, CONFIGS[options.shapes], options.dtype, self.bench.mesh)
-        lower = {(what, "run"): part.lower for what, part in parts.items()} | {("model", "run"): maker}
-        lower |= {(what, "start"): part.lower_start for what, part in parts.items()}
+        parts = {("serving", requests): bench for requests, bench in self.benches.items()}
+        parts |= {("decode", decode.rows): decode for decode in self.decodes}
+        maker = functools.partial(programs.lower_maker, CONFIGS[options.shapes], options.dtype, self.mesh)
+        lower = {(*what, "run"): part.lower for what, part in parts.items()} | {("model", "run"): maker}
+        lower |= {(*what, "start"): part.lower_start for what, part in parts.items()}
         return {(self.name, *key): make for key, make in lower.items()}
 
     def measure(self, compiled: dict[tuple, Compiled], psum_us: dict[int, float], repeats: int) -> list[dict]:
         """Makes the model and runs everything."""
-        model, lines = programs.make(compiled[self.name, "model", "run"], self.bench.mesh), []
+        model, lines = programs.make(compiled[self.name, "model", "run"], self.mesh), []
         for decode in (dataclasses.replace(decode, model=model) for decode in self.decodes):
-            start, program = (compiled[self.name, decode.rows, which] for which in ("start", "run"))
+            start, program = (compiled[self.name, "decode", decode.rows, which] for which in ("start", "run"))
             ms = record.summary([1e3 * s / decode.new for s in decode.seconds(start, program, repeats)])
             found = collectives(program)
             share = found.get("all-reduce", 0) * psum_us[decode.rows] / 1e3 / ms["median"]
             line = {"side": self.name, "what": "decode", "rows": decode.rows, "prompt": decode.prompt}
             lines.append(line | {"ms_per_step": ms, "collectives": found, "all_reduce_share": share})
-        bench = dataclasses.replace(self.bench, model=model)
-        program, opening = (compiled[self.name, "serving", which] for which in ("run", "start"))
-        bench.measure([8, 0], program=program, opening=opening)
-        figures = bench.figures(*bench.measure([EVERYTHING], program=program, opening=opening))
-        line = {"side": self.name, "what": "serving", "rows": None}
-        return [*lines, line | {"max_num_batched_tokens": bench.max_num_batched_tokens} | figures]
+        for requests, bench in self.benches.items():
+            bench = dataclasses.replace(bench, model=model)
+            program, opening = (compiled[self.name, "serving", requests, which] for which in ("run", "start"))
+            bench.measure([8, 0], program=program, opening=opening)
+            figures = bench.figures(*bench.measure([EVERYTHING], program=program, opening=opening))
+            del figures["prompt_seconds"], figures["decode_seconds"]  # one call: not told apart
+            line = {"side": self.name, "what": "serving", "rows": bench.max_num_seqs}
+            lines.append(line | {"max_num_batched_tokens": bench.max_num_batched_tokens} | figures)
+        return lines
 
 
 def side_of(name: str, options: argparse.Namespace) -> Side:
@@ -155,12 +166,15 @@ def side_of(name: str, options: argparse.Namespace) -> Side:
     model = programs.model_shapes(config, options.dtype, mesh)
     sizes = [(rows, prompt) for rows, prompt in options.rows if rows >= Lanes(mesh, 1).shards]
     decodes = [Decode(model, mesh, *size, options.new, options.attention) for size in sizes]
-    requests = workload(options.requests, options.low, options.high, config.vocab_size)
-    rows = Lanes(mesh, options.requests).hand
     block = 16 * model.cache_spec.bytes_per_token // (1 if mesh is None else mesh.shape["model"])
-    blocks = blocks_for(sum(map(held, jax.tree.leaves(model))), rows, options.high, 16, block, 0.8)
-    budget = max(BUDGET[options.shapes], rows)
-    return Side(name, decodes, Bench(model, requests, rows, blocks, 16, budget, options.attention, mesh=mesh))
+    weights, benches = sum(map(held, jax.tree.leaves(model))), {}
+    for count in [options.requests] if name == "model=2" else [options.requests, 2 * options.requests]:
+        requests = workload(count, options.low, options.high, config.vocab_size)
+        rows = min(options.requests, Lanes(mesh, count).hand)
+        blocks = blocks_for(weights, rows, options.high, 16, block, 0.8)
+        budget = max(BUDGET[options.shapes], rows)
+        benches[count] = Bench(model, requests, rows, blocks, 16, budget, options.attention, mesh=mesh)
+    return Side(name, decodes, benches)
 
 
 def held(x: jax.ShapeDtypeStruct) -> int:
@@ -195,6 +209,11 @@ def psum_alone(program: Compiled, rows: int, width: int, dtype: str, count: int,
     return line | {"us": record.summary(spans[1:]), "collectives": collectives(program)}
 
 
+def task(line: dict) -> tuple[str, int]:
+    """What was done, and to how many rows or requests."""
+    return line["what"], line.get("requests", line["rows"])
+
+
 def compared(lines: list[dict]) -> list[dict]:
     """Each line with how many times faster than one device it is, and the goal where there is one."""
 
@@ -202,10 +221,10 @@ def compared(lines: list[dict]) -> list[dict]:
         return line["ms_per_step"]["median"] if line["what"] == "decode" else 1 / line["output_tokens_per_s"]
 
     timed = [line for line in lines if line["what"] != "psum"]
-    base = {(line["what"], line["rows"]): cost(line) for line in timed if line["side"] == "one"}
+    base = {task(line): cost(line) for line in timed if line["side"] == "one"}
     for line in timed:
-        line["times"] = base[line["what"], line["rows"]] / cost(line)
-        line["goal"] = GOALS.get((line["side"], line["what"], line["rows"]))
+        line["times"] = base[task(line)] / cost(line)
+        line["goal"] = GOALS.get((line["side"], *task(line)))
     return lines
 
 
@@ -213,7 +232,7 @@ def table(lines: list[dict]) -> str:
     """A line each."""
     text = []
     for line in lines:
-        name = f"{line['side']:8} {line['what']:8} {line['rows'] or '':>4}"
+        name = "{:8} {:8} {:>4}".format(line["side"], *task(line))
         if line["what"] == "psum":
             text.append(f"{name} {line['us']['median']:10.1f} us for {line['bytes']:,} bytes")
             continue
@@ -230,7 +249,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--shapes", default="8B", choices=CONFIGS)
-    add("--requests", type=int, default=256, help="also the rows")
+    add("--requests", type=int, default=256, help="also the rows of a device, at most")
     add("--low", type=int, default=100)
     add("--high", type=int, default=1024)
     add("--new", type=int, default=128, help="decode steps")

@@ -106,8 +106,8 @@ def decode_config(head_dim: int, num_rows: int, max_tokens: int) -> KernelConfig
     """The measured best for rows of at most `max_tokens`.
 
     Many rows    two workers an SM hide each other's products; shares are long, and an item's own cost shows.
-    Few rows     one worker, with all of the memory for its ring; a share is a few tiles, and one more is a lot.
-    Few keys     short tiles: the first comes early, and shares of few tiles differ by less.
+    Few rows     one worker; a share is a few tiles, and one more is a lot.
+    Few keys     short tiles, so that little is in flight: the first comes early, and few are left to multiply last.
     """
     sms, few = multiprocessors(), num_rows <= 16
     shared = KernelConfig(num_sms=sms, item_tiles=0 if few else 1)

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import paxattn as pax
 from paxattn.typing import struct
@@ -47,6 +48,14 @@ class Toy:
 
     def logits(self, hidden):
         return hidden @ self.head
+
+
+def assert_same(got, want) -> None:
+    """Equal trees; floats exactly on a CPU, nearly elsewhere: a GPU adds up in another order for each shape."""
+    rtol = 0.0 if jax.default_backend() == "cpu" else 1e-5
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert one == (pytest.approx(other, rel=rtol, abs=rtol) if isinstance(other, float) else other)
 
 
 CHAIN = np.uint32(0x9E3779B1)

@@ -1,6 +1,7 @@
 """The command line as a user meets it."""
 
 import json
+import types
 
 import pytest
 
@@ -190,6 +191,7 @@ def test_inspect(capsys):
 
 def test_inspect_where_nobody_knows_how_much_memory_is_free(capsys, monkeypatch):
     monkeypatch.setattr("os.sysconf_names", {"SC_PAGE_SIZE": 30})
+    monkeypatch.setattr("jax.devices", lambda: [types.SimpleNamespace(memory_stats=lambda: None)])
     facts = json.loads(run(capsys, "inspect", TINY, "--json")[1])
     assert [facts[name] for name in ("free_bytes", "blocks_that_fit", "tokens_that_fit")] == [None] * 3
     assert "how many blocks fit is unknown" in run(capsys, "inspect", TINY)[1]

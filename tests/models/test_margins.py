@@ -1,11 +1,12 @@
 """bfloat16 on a GPU: what must not show in the tokens may turn a close choice, and nothing else.
 
     tokens [ a b c d . . ]    as told alone
-           [ a b c e . . ]    in another way: the first that differs had a rival within 0.1
+           [ a b c e . . ]    in another way: the first that differs had a close rival
 
-Two kernels, two batches, two chunkings add up in other orders. Where the best two scores are further apart than that,
+Two kernels, two batches, two chunkings add up in other orders. Where the best two scores are further apart than 0.1,
 the tokens are the same, with kernels of our own or without, together or alone. How far they are apart is told in
-float32 with the same weights: in bfloat16 the distance itself is uncertain, by 0.07 (a standard deviation) for SmolLM2.
+float32 with the same weights. For SmolLM2 no two ways can promise that much: bfloat16 by itself moves its margins by
+0.07 (a standard deviation) and by 0.4 at most. There a choice is close as far as it moves any of those looked at here.
 """
 
 import dataclasses
@@ -58,10 +59,10 @@ def prompts(name: str):
     return np.stack([text[at : at + WIDTH] for at in begin]), rng.integers(1, WIDTH + 1, PROMPTS)
 
 
-@jax.jit
-def margins(model, tokens, count):
-    """How far the best score after each token is from the next best, computed in float32 [M]."""
-    model = jax.tree.map(lambda x: x.astype(jnp.float32), model)
+@functools.partial(jax.jit, static_argnames="dtype")
+def margins(model, tokens, count, dtype):
+    """How far the best score after each token is from the next best, computed in that dtype [M]."""
+    model = jax.tree.map(lambda x: x.astype(dtype), model)
     pages = -(-tokens.size // 16)
     cache = pax.Cache.create(model.cache_spec, num_blocks=1 + pages, block_size=16, max_num_seqs=1,
                              max_model_len=tokens.size)  # fmt: skip
@@ -73,14 +74,17 @@ def margins(model, tokens, count):
 
 @functools.cache
 def alone(name: str):
-    """Each prompt in a batch of its own, and the margin of each of its choices."""
+    """Each prompt in a batch of its own, the margin of each of its choices, and from where on none is close."""
     run = jax.jit(lambda model, ids, length: pax.generate(model, ids, length, max_new_tokens=NEW))
-    answers, apart = [], []
+    answers, apart = [], {"float32": [], "bfloat16": []}
     for ids, length in zip(*prompts(name), strict=True):
         answers.append(np.asarray(run(model(name), ids[None], length[None]).token_ids[0]))
         text = np.concatenate([ids[:length], answers[-1], np.zeros(WIDTH - length, int)])
-        apart.append(np.asarray(margins(model(name), text, jnp.int32(length + NEW)))[length - 1 :][:NEW])
-    return np.array(answers), np.array(apart)
+        for dtype, told in apart.items():
+            told.append(np.asarray(margins(model(name), text, jnp.int32(length + NEW), dtype))[length - 1 :][:NEW])
+    exact, rounded = map(np.array, apart.values())
+    close = CLOSE if name == "random" else max(CLOSE, abs(exact - rounded).max())
+    return np.array(answers), exact, close
 
 
 def served(name: str, **options):
@@ -92,7 +96,8 @@ def served(name: str, **options):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_choices_are_mostly_not_close(name):
-    assert np.mean(alone(name)[1] > CLOSE) > 0.3
+    _, apart, close = alone(name)
+    assert np.mean(apart > close) > 0.3
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -108,7 +113,7 @@ def test_tokens_differ_where_the_choice_was_close_alone(way, name):
             run = lambda *given, **how: pax.speculate(*given, drafter=pax.NGram(1), **how)[0]  # noqa: E731
         how = {"max_new_tokens": NEW, "block_size": 8} | ({"attention": "xla"} if way == "xla" else {})
         result = jax.jit(functools.partial(run, **how))(model(name), ids, jnp.asarray(length))
-    answers, apart = alone(name)
+    answers, apart, close = alone(name)
     differs = np.asarray(result.token_ids)[:, :NEW] != answers
     for row in np.flatnonzero(differs.any(axis=1)):
-        assert apart[row, np.argmax(differs[row])] <= CLOSE, row
+        assert apart[row, np.argmax(differs[row])] <= close, row
