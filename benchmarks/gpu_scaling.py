@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 import programs
 import record
+from device_time import kernel_seconds
 from gpu_serving import BUDGET, EVERYTHING, blocks_for
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -47,7 +48,8 @@ shard's. With 256 requests a shard has half the rows, and as many steps that rea
 the model's dtype over both devices, which XLA hands to NCCL, with nothing between them but a product by 1/2; time of
 the call / their number. collectives: how many a decode step has, counted in the compiled text: two all-reduces a
 layer and the embedding's; the head's is a gather of 3 numbers a row. all_reduce_share: their number x psum at these
-rows / the time of a step, computed and not traced. times: one device's time / this time.
+rows / the time of a step. kernels_ms, collectives_ms: a step of one more run, under the profiler, what a GPU spends in
+kernels and in NCCL's, which also wait for the other GPU. times: one device's time / this time.
 """
 COLLECTIVES = r" (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
 
@@ -116,6 +118,13 @@ class Decode:
             del state
         return spans[1:]
 
+    def traced(self, start: Compiled, program: Compiled) -> dict[str, float]:
+        """Milliseconds a step that a GPU spends in kernels, and in those of them that are NCCL's; zeros without one."""
+        state = jax.block_until_ready(start(self.model, *self.prompts))
+        spans = kernel_seconds(lambda: program(self.model, state))
+        collectives = sum(span for name, span in spans.items() if "nccl" in name.lower())
+        return {"kernels_ms": 1e3 * sum(spans.values()) / self.new, "collectives_ms": 1e3 * collectives / self.new}
+
 
 @dataclasses.dataclass(frozen=True)
 class Side:
@@ -148,7 +157,8 @@ class Side:
             found = collectives(program)
             share = found.get("all-reduce", 0) * psum_us[decode.rows] / 1e3 / ms["median"]
             line = {"side": self.name, "what": "decode", "rows": decode.rows, "prompt": decode.prompt}
-            lines.append(line | {"ms_per_step": ms, "collectives": found, "all_reduce_share": share})
+            line |= {"ms_per_step": ms, "collectives": found, "all_reduce_share": share}
+            lines.append(line | decode.traced(start, program))
         for requests, bench in self.benches.items():
             bench = dataclasses.replace(bench, model=model)
             program, opening = (compiled[self.name, "serving", requests, which] for which in ("run", "start"))
@@ -241,6 +251,8 @@ def table(lines: list[dict]) -> str:
         value += f"  {line['times']:.2f}x" + (f" (goal {line['goal']}x)" if line["goal"] else "")
         if reduces := line.get("collectives", {}).get("all-reduce"):
             value += f"  {reduces} all-reduces, {line['all_reduce_share']:.0%} of it"
+        if kernels := line.get("kernels_ms"):
+            value += f"; traced: {kernels:.3f} ms in kernels, {line['collectives_ms']:.3f} of them NCCL's"
         text.append(f"{name} {value}")
     return "\n".join(text)
 
