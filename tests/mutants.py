@@ -25,6 +25,7 @@ ATTENTION, SAMPLING = "tests/pallas_kernels/test_paged_attention.py", "tests/pax
 
 SPECULATIVE = "tests/paxattn/test_speculative.py"
 SMALL = "tests/pallas_kernels/test_small_kernels.py"
+BODY = "tests/pallas_kernels/test_mosaic.py::test_the_real_body_interpreted"
 VERDICT = "tests/paxattn/test_speculative_sampling.py"
 SIMULATE, EVICTION, ABLATE = (f"tests/paxattn/test_{name}.py" for name in ("simulate", "eviction", "ablate"))
 
@@ -153,6 +154,11 @@ MUTANTS = (
     Mutant("a power of two is reserved that never fits", "paxattn/ablation/pool.py", "int(reservation(whole, run).max())", "longest", "tests/paxattn/test_ablate.py::test_lengths_fit_every_pool_before_any_is_measured"),
     Mutant("a share begins a tile late", "pallas_kernels/schedule.py", "rest - head * cost[inside] - item_tiles, 0)", "rest - head * cost[inside], 0)", "tests/pallas_kernels/test_schedule.py"),
     Mutant("an item costs no more than its tiles", "pallas_kernels/schedule.py", "jnp.maximum(count + item_tiles, 1)", "jnp.maximum(count, 1)", "tests/pallas_kernels/test_schedule.py"),
+    Mutant("the next item is on this one's pages", "pallas_kernels/decode_memory.py", "jnp.where(more, *both)", "jnp.where(True, *both)", BODY),
+    Mutant("whoever follows an idle item has the pages of the one before", "pallas_kernels/decode_memory.py", "idle = item.j0 == item.j1", "idle = item.j0 > item.j1", BODY),
+    Mutant("a share begins with another item's run", "pallas_kernels/schedule.py", "info[inside]", "info[0 * inside]", "tests/pallas_kernels/test_schedule.py"),
+    Mutant("a copy is a size too small", "pallas_kernels/decode_memory.py", "(live <= size)", "(live <= size + 8)", BODY),
+    Mutant("half of a partial result is the other half", "pallas_kernels/decode_compute.py", "low[...] = (acc - value.astype(jnp.float32)).astype(call.dtype)", "low[...] = value", BODY),
     Mutant("queries of a decode tile come as they are", "pallas_kernels/decode.py", "if interpret or used > 8 else", "if interpret else", "tests/pallas_kernels/test_mosaic.py::test_lowers_for_an_h100"),
     Mutant("ablate: another config is the same model", "paxattn/ablation/fingerprint.py", "[repr(config), ", "[", ABLATE + "::test_a_config_that_changes_no_array_is_another_model"),
     Mutant("ablate: a model's own config does not count", "paxattn/ablation/fingerprint.py", 'repr(getattr(model, "config", None))', '""', ABLATE + "::test_a_config_outside_the_tree_counts"),
