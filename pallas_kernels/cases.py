@@ -116,7 +116,7 @@ TINY_CASES = {  # small enough to run the kernels' bodies in an interpreter
     "decode-soft-cap": _tiny((9, 70), (1, 1), soft_cap=2.0, head_dim=128, block_size=64),
     "verify": _tiny((9, 100, 6), (4, 4, 4)),
     "prefill-last-token": _tiny((70,), (1,), hint=False),
-    "mixed": _tiny((70, 33, 0, 9), (70, 1, 0, 3), idle=2),
+    "mixed": _tiny((70, 33, 0, 9, 40), (70, 1, 0, 3, 1), idle=2),  # one worker has an idle item, then one that is not
 }
 
 

@@ -76,7 +76,7 @@ def _stream(call: Call, refs: Refs, lane: int, *, keys: bool, part: int, parts: 
         whole = jnp.clip(lax.div(last + 1, jnp.int32(kv_tile)) - begin, item.j0, item.j1)
         carry = lax.fori_loop(item.j0, whole, functools.partial(one, sizes=[unit]), carry)
         done, *ids = lax.fori_loop(whole, item.j1, functools.partial(one, sizes=_sizes(unit)), carry)
-        idle = item.j0 == item.j1  # no tile of it has read the next one's
+        idle = item.j0 == item.j1  # no tile of it has read the next one's pages
         return done, *lax.cond(idle, lambda: page_ids(coming, 0), lambda: tuple(ids))
 
     call.items(refs, lane, fetch, lambda run, j0: (jnp.int32(0), *page_ids(run, j0)))
