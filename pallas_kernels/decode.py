@@ -146,7 +146,6 @@ def _entry(call: Call, *refs) -> None:
         tiled(lanes * stages, kv_tile, call.head_dim),
         tiled(lanes * stages, kv_tile, call.head_dim),
         tiled(lanes, ROWS, kv_tile) if call.interpret else None,
-        tiled(lanes, ROWS, call.head_dim) if call.has_low_stage else None,
         plgpu.SMEM((lanes, ROWS), jnp.float32),
         barriers(1, kv_tile // call.unit, kv_tile // call.unit),
         barriers(1, 1, 1),

@@ -23,14 +23,14 @@ LOG2_E = math.log2(math.e)
 
 def compute(call: Call, refs: Refs, lane) -> None:
     """All items of a worker's share."""
-    call.items(refs, lane, functools.partial(_attend, call, refs, lane), lambda *_: jnp.int32(0))
+    call.items(refs, lane, functools.partial(_attend, call, refs, lane), jnp.int32(0))
     plgpu.wait_smem_to_gmem(0)
 
 
-def _attend(call: Call, refs: Refs, lane, i, item: Item, _coming, done):
+def _attend(call: Call, refs: Refs, lane, i, item: Item, done):
     """One item; `done` KV tiles came before it."""
     buffer, j0, j1 = call.buffer(lane, i), item.j0, item.j1
-    _row, begin, count, first, last = item.run
+    begin, count, first, last = (refs.tile[item.tile, f] for f in range(1, 5))
     plgpu.barrier_wait(refs.full.q.at[buffer])
     look = functools.partial(_look, call, refs, lane, buffer, begin, first, last, done - j0)
     per_row = WGMMA.reduce(1)
@@ -132,10 +132,7 @@ def _zero_unseen(call: Call, values, start, first, last) -> None:
 
 
 def _store(call: Call, refs: Refs, lane, i, item: Item, whole, acc, lse) -> None:
-    """A whole item goes to its place, a part of one beside the others; the queries' buffer stages it.
-
-    A part leaves in two halves, staged apart where there is memory for it: else the second waits for the first.
-    """
+    """A whole item goes to its place, a part of one beside the others; the queries' buffer stages it."""
     stage = refs.q_ring.at[call.buffer(lane, i)]
     value = acc.astype(call.dtype)
     stage[...] = value
@@ -153,11 +150,9 @@ def _store(call: Call, refs: Refs, lane, i, item: Item, whole, acc, lse) -> None
         part = 2 * call.worker(lane) + jnp.minimum(i, 1)
         plgpu.copy_smem_to_gmem(mine, refs.part.at[part, 0])
         plgpu.copy_smem_to_gmem(mine_lse, refs.part_lse.at[part])
-        if refs.low_stage is None:
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        low = stage if refs.low_stage is None else refs.low_stage.at[lane]
-        low[...] = (acc - value.astype(jnp.float32)).astype(call.dtype)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        stage[...] = (acc - value.astype(jnp.float32)).astype(call.dtype)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(low.at[pl.ds(0, call.rows)], refs.part.at[part, 1])
+        plgpu.copy_smem_to_gmem(mine, refs.part.at[part, 1])
 
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)

@@ -14,7 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.decode_walk import Call, Item, Refs, Run
+from pallas_kernels.decode_walk import Call, Item, Refs
 
 WARPS = 4
 """Of a warpgroup."""
@@ -40,25 +40,22 @@ def _stream(call: Call, refs: Refs, lane: int, *, keys: bool, part: int, parts: 
     values_side = refs.v, refs.v_ring, refs.full.v, refs.free.v
     pool, ring, full, free = keys_side if keys else values_side
 
-    def page_ids(run: Run, j):
-        """Blocks of the parts of a run's KV tile j."""
-        last_page = lax.div(jnp.maximum(run.last, 0), block_size)
-        pages = [lax.div((run.begin + j) * kv_tile + o, block_size) for o in offsets]
-        return tuple(refs.pages[run.row, jnp.minimum(p, last_page)] for p in pages)
-
-    def fetch(i, item: Item, coming: Run, carry):
+    def fetch(i, item: Item, done):
         if keys and part == 0:
             buffer = call.buffer(lane, i)
             pl.when(i >= 2)(lambda: plgpu.barrier_wait(refs.free.q.at[buffer]))
             queries = refs.q.at[item.tile, item.head, call.some_rows(i)]
             plgpu.copy_gmem_to_smem(queries, refs.q_ring.at[buffer, pl.ds(0, call.rows)], refs.full.q.at[buffer])
-        begin, last = item.run.begin, item.run.last
+        row, begin, last = refs.tile[item.tile, 0], refs.tile[item.tile, 1], refs.tile[item.tile, 4]
+        last_page = lax.div(jnp.maximum(last, 0), block_size)
+
+        def page_ids(j):
+            pages = [lax.div((begin + j) * kv_tile + o, block_size) for o in offsets]
+            return tuple(refs.pages[row, jnp.minimum(p, last_page)] for p in pages)
 
         def one(j, carry, *, sizes):
             done, *ids = carry
-            more = j + 1 < item.j1
-            then = Run(*(jnp.where(more, *both) for both in zip(item.run, coming, strict=True)))
-            ahead = page_ids(then, jnp.where(more, j + 1, 0))  # the table's latency is spent while the slot is in use
+            ahead = page_ids(j + 1)  # the table's latency is spent while the slot is still in use
             slot = call.slot(lane, done)
             pl.when(done >= call.config.stages)(lambda: plgpu.barrier_wait(free.at[slot]))
             for o, page in zip(offsets, ids, strict=True):
@@ -74,12 +71,11 @@ def _stream(call: Call, refs: Refs, lane: int, *, keys: bool, part: int, parts: 
             return done + 1, *ahead
 
         whole = jnp.clip(lax.div(last + 1, jnp.int32(kv_tile)) - begin, item.j0, item.j1)
+        carry = (done, *page_ids(item.j0))
         carry = lax.fori_loop(item.j0, whole, functools.partial(one, sizes=[unit]), carry)
-        done, *ids = lax.fori_loop(whole, item.j1, functools.partial(one, sizes=_sizes(unit)), carry)
-        idle = item.j0 == item.j1  # no tile of it has read the next one's pages
-        return done, *lax.cond(idle, lambda: page_ids(coming, 0), lambda: tuple(ids))
+        return lax.fori_loop(whole, item.j1, functools.partial(one, sizes=_sizes(unit)), carry)[0]
 
-    call.items(refs, lane, fetch, lambda run, j0: (jnp.int32(0), *page_ids(run, j0)))
+    call.items(refs, lane, fetch, jnp.int32(0))
 
 
 def _sizes(unit: int) -> list[int]:

@@ -43,20 +43,9 @@ class Refs(NamedTuple):
     k_ring: Ref
     v_ring: Ref
     weights: Ref  # of the interpreter only
-    low_stage: Ref  # for the low half of a partial result, where it fits
     lse_stage: Ref
     full: Barriers
     free: Barriers
-
-
-class Run(NamedTuple):
-    """A line of the schedule's `tile`: what a query tile looks at. Scalars."""
-
-    row: jax.Array
-    begin: jax.Array  # first KV tile
-    tiles: jax.Array  # how many KV tiles
-    first: jax.Array  # query position
-    last: jax.Array
 
 
 class Item(NamedTuple):
@@ -66,7 +55,6 @@ class Item(NamedTuple):
     head: jax.Array
     j0: jax.Array
     j1: jax.Array
-    run: Run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,12 +74,6 @@ class Call:
     interpret: bool
     dtype: jnp.dtype
 
-    @property
-    def has_low_stage(self) -> bool:
-        """Whether the low half of a result fits beside the rings and the queries: of 227 KiB, less what is small."""
-        tokens = 2 * self.config.stages * self.config.kv_tile + 3 * ROWS
-        return 2 * self.config.workers * self.head_dim * tokens <= 222 << 10
-
     def worker(self, lane):
         """Number of this block's worker `lane` among all."""
         return lax.axis_index("sm") * self.config.workers + lane
@@ -108,23 +90,17 @@ class Call:
         """`rows` rows from 0; the start is known at run time only, so that the copy may reach past the end."""
         return pl.ds(lax.rem(i, jnp.int32(1)), self.rows)
 
-    def items(self, refs: Refs, lane, look, start):
-        """Runs carry = look(i, item, coming, carry) over the items of a worker's share, from start(run, j0) on.
-
-        `coming` is the next item's run, read while this one is looked at, so that nobody waits for the schedule.
-        """
+    def items(self, refs: Refs, lane, look, carry):
+        """Runs carry = look(i, item, carry) over the items of a worker's share."""
         worker, kv_heads = self.worker(lane), jnp.int32(self.kv_heads)
         first, skip = refs.share[worker, 0], refs.share[worker, 1]
-        run = Run(*(refs.share[worker, 3 + i] for i in range(len(Run._fields))))
         end, rest = refs.share[worker + 1, 0], refs.share[worker + 1, 1]
-        last_tile = jnp.int32(refs.tile.shape[0] - 1)
 
         def each(i, carry):
-            run, carry = carry
             item = first + i
-            then = jnp.minimum(lax.div(item + 1, kv_heads), last_tile)
-            coming = Run(*(refs.tile[then, i] for i in range(len(run))))
-            j0, j1 = jnp.where(i == 0, skip, 0), jnp.where(item == end, rest, run.tiles)
-            return coming, look(i, Item(lax.div(item, kv_heads), lax.rem(item, kv_heads), j0, j1, run), coming, carry)
+            tile = lax.div(item, kv_heads)
+            j0 = jnp.where(i == 0, skip, 0)
+            j1 = jnp.where(item == end, rest, refs.tile[tile, 2])
+            return look(i, Item(tile, lax.rem(item, kv_heads), j0, j1), carry)
 
-        return lax.fori_loop(0, end - first + (rest > 0).astype(jnp.int32), each, (run, start(run, skip)))[1]
+        return lax.fori_loop(0, end - first + (rest > 0).astype(jnp.int32), each, carry)

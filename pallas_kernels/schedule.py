@@ -22,8 +22,7 @@ class Schedule(NamedTuple):
     """The KV tiles of all items, dealt to workers."""
 
     tile: jax.Array  # int32 [n, 5]: row, first KV tile, number of KV tiles, first and last query position
-    share: jax.Array  # int32 [workers + 1, 8]: item and KV tile in it where each worker begins, borders inside it;
-    #                   and what `tile` says of that item, for who begins with it
+    share: jax.Array  # int32 [workers + 1, 3]: item and KV tile in it where each worker begins, borders inside the item
 
 
 def schedule(
@@ -51,4 +50,4 @@ def schedule(
     head = rest // cost[inside]
     item, skip = tile * kv_heads + head, jnp.maximum(rest - head * cost[inside] - item_tiles, 0)
     borders = jnp.sum((item == item[:, None]) & (skip > 0), axis=1, dtype=jnp.int32)
-    return Schedule(info, jnp.column_stack([item, skip, borders, info[inside]]))
+    return Schedule(info, jnp.stack([item, skip, borders], axis=1))
