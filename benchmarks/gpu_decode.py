@@ -107,6 +107,7 @@ def main() -> None:
     parser.add_argument("--only", help="one row, like 32x512")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--attention", default="auto")
+    parser.add_argument("--threads", type=int, default=16, help="programs compiled at once")
     record.add_options(parser, "decode.json", tiny="a small model, in seconds on a CPU")
     options = parser.parse_args()
     chosen = [(name, rows, prompt) for name, rows, prompt in VLLM if name in options.models.split(",")]
@@ -116,7 +117,8 @@ def main() -> None:
     shapes = {name: programs.model_shapes(CONFIGS[name], "bfloat16") for name, _, _ in chosen}
     parts = {case: lower(shapes[case[0]], *case[1:], NEW, options.attention) for case in chosen}
     parts |= {(name,): {"make": functools.partial(programs.lower_maker, CONFIGS[name], "bfloat16")} for name in shapes}
-    compiled = programs.side_by_side({(*case, k): make for case, part in parts.items() for k, make in part.items()})
+    makes = {(*case, k): make for case, part in parts.items() for k, make in part.items()}
+    compiled = programs.side_by_side(makes, options.threads)
     print(f"compiled in {time.perf_counter() - began:.0f} s", flush=True)
     rows = []
     for name in shapes:

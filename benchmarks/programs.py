@@ -2,7 +2,8 @@
 
     shapes of the model and of a run, no arrays -> lowered one by one -> threads compile -> called with arrays
 
-What compilation times on the GPU it times under a lock, so programs compiled together choose as they would alone.
+What compilation times on the GPU it times under a lock, yet on a busy host less well: XLA then warns that a delay timed
+out, and may choose another product than a program compiled alone gets. Fewer threads are quieter, and take longer.
 """
 
 from collections.abc import Callable, Hashable, Mapping
@@ -55,9 +56,9 @@ def number() -> jax.ShapeDtypeStruct:
 
 
 def side_by_side[Name: Hashable](
-    lower: Mapping[Name, Callable[[], jax.stages.Lowered]],
+    lower: Mapping[Name, Callable[[], jax.stages.Lowered]], threads: int = 16
 ) -> dict[Name, jax.stages.Compiled]:
     """Lowers one after the other, as Python does one thing at a time, and compiles in threads."""
-    with ThreadPoolExecutor(16) as pool:
+    with ThreadPoolExecutor(threads) as pool:
         compiling = {name: pool.submit(make().compile) for name, make in lower.items()}
         return {name: future.result() for name, future in compiling.items()}
