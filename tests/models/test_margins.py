@@ -6,7 +6,7 @@
 Two kernels, two batches, two chunkings add up in other orders. Where the best two scores are further apart than 0.1,
 the tokens are the same, with kernels of our own or without, together or alone. How far they are apart is told in
 float32 with the same weights. For SmolLM2 no two ways can promise that much: bfloat16 by itself moves its margins by
-0.07 (a standard deviation) and by 0.4 at most. There a choice is close as far as it moves any of those looked at here.
+0.07 (a standard deviation). There a choice is close as far as bfloat16 moves any of the margins that are looked at.
 """
 
 import dataclasses
