@@ -77,13 +77,13 @@ $(STAMP): pyproject.toml
 	  if [ -e $(VENV)/pyvenv.cfg ]; then "$$found" -m venv --clear $(VENV); else "$$found" -m venv $(VENV); fi; \
 	fi; \
 	echo "installing .[$(EXTRAS)] into $(VENV)"; \
-	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --editable '.[$(EXTRAS)]'; \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$(EXTRAS)]'; \
 	touch $@
 
 $(VENV)/.installed-cuda: $(STAMP)
-	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --editable '.[$(EXTRAS),cuda13]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$(EXTRAS),cuda13]'
 	@touch $@
 
 $(VENV)/.installed-notebooks: $(STAMP)
-	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --editable '.[$(EXTRAS),notebooks]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$(EXTRAS),notebooks]'
 	@touch $@
