@@ -1,6 +1,8 @@
 """What GPUs did while a function ran, by JAX's own profiler: how long each kernel took, by name.
 
-trace -> a plane a GPU -> a line a stream -> events, one a kernel       CUDA graphs are taken apart
+    trace -> a plane a GPU -> a line a stream -> events, one a kernel       CUDA graphs are taken apart
+
+Streams are added up: kernels that ran at the same time count twice.
 """
 
 import collections
@@ -20,6 +22,7 @@ def kernel_seconds(run: Callable[[], object]) -> dict[str, float]:
         planes = [p for p in jax.profiler.ProfileData.from_file(str(file)).planes if p.name.startswith("/device:GPU")]
         streams = [line for plane in planes for line in plane.lines if line.name.startswith("Stream")]
         spans = collections.defaultdict(float)
-        for event in (event for line in streams for event in line.events):
-            spans[event.name] += event.duration_ns / 1e9 / len(planes)
+        for stream in streams:
+            for event in stream.events:
+                spans[event.name] += event.duration_ns / 1e9 / len(planes)
     return dict(spans)
