@@ -1,6 +1,6 @@
 """Two GPUs against one of the same machine: decode steps and the serving workload, model=2 and data=2.
 
-psum      the all-reduce of a layer alone, N of them in one program                             -> us each
+psum      the all-reduce of a layer alone, N of them in one program, as XLA does it and by NCCL  -> us each
 decode    prompts stand in the cache (pages taken, contents zero), then N plain greedy steps   -> ms a step
 serving   256 requests, `random.Random(0)`, 100..1024 tokens each way, no end token             -> tokens / s
           512 of them, 256 rows a device at most, on one device and with data=2
@@ -44,14 +44,16 @@ steps / N, from a fresh state whose pages are taken and whose cached contents ar
 call; the first run warms, median of the rest. Rows are those of all devices together; data=2 deals them to two shards.
 Serving: as in gpu_serving.py, one run after a warm-up of 8 steps; data=2 deals the requests, its rows and blocks are a
 shard's. With 256 requests a shard has half the rows, and as many steps that read all weights as one device has; with
-512 both have rows enough. psum: NCCL's own time for the collective of a layer: a loop of all-reduces of [rows, E] in
-the model's dtype over both devices, which XLA hands to NCCL, with nothing between them but a product by 1/2; time of
-the call / their number. collectives: how many a decode step has, counted in the compiled text: two all-reduces a
-layer and the embedding's; the head's is a gather of 3 numbers a row. all_reduce_share: their number x psum at these
-rows / the time of a step. kernels_ms, collectives_ms: a step of one more run, under the profiler, what a GPU spends in
-kernels and in NCCL's, which also wait for the other GPU. times: one device's time / this time.
+512 both have rows enough. psum: the collective of a layer alone: a loop of all-reduces of [rows, E] in the model's
+dtype over both devices, with nothing between them but a product by 1/2; time of the call / their number. us: as XLA
+does it, small ones by a kernel of its own; nccl_us: the same handed to NCCL (option HANDED). collectives: how many a
+decode step has, counted in the compiled text: two all-reduces a layer and the embedding's; the head's is a gather of 3
+numbers a row. kernels_ms, collectives_ms: a step of one more run, under the profiler, what a GPU spends in kernels and
+in those of the collectives, which also wait for the other GPU. times: one device's time / this time.
 """
+HANDED = {"xla_gpu_unsupported_use_all_reduce_one_shot_kernel": False}
 COLLECTIVES = r" (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
+COLLECTIVE_KERNELS = "nccl|psum|all_?(reduce|gather)"
 
 
 def mesh_of(side: str) -> Mesh | None:
@@ -119,10 +121,10 @@ class Decode:
         return spans[1:]
 
     def traced(self, start: Compiled, program: Compiled) -> dict[str, float]:
-        """Milliseconds a step that a GPU spends in kernels, and in those of them that are NCCL's; zeros without one."""
+        """Milliseconds a step that a GPU spends in kernels, and in those of the collectives; zeros without one."""
         state = jax.block_until_ready(start(self.model, *self.prompts))
         spans = kernel_seconds(lambda: program(self.model, state))
-        collectives = sum(span for name, span in spans.items() if "nccl" in name.lower())
+        collectives = sum(span for name, span in spans.items() if re.search(COLLECTIVE_KERNELS, name.lower()))
         return {"kernels_ms": 1e3 * sum(spans.values()) / self.new, "collectives_ms": 1e3 * collectives / self.new}
 
 
@@ -148,16 +150,14 @@ class Side:
         lower |= {(*what, "start"): part.lower_start for what, part in parts.items()}
         return {(self.name, *key): make for key, make in lower.items()}
 
-    def measure(self, compiled: dict[tuple, Compiled], psum_us: dict[int, float], repeats: int) -> list[dict]:
+    def measure(self, compiled: dict[tuple, Compiled], repeats: int) -> list[dict]:
         """Makes the model and runs everything."""
         model, lines = programs.make(compiled[self.name, "model", "run"], self.mesh), []
         for decode in (dataclasses.replace(decode, model=model) for decode in self.decodes):
             start, program = (compiled[self.name, "decode", decode.rows, which] for which in ("start", "run"))
             ms = record.summary([1e3 * s / decode.new for s in decode.seconds(start, program, repeats)])
-            found = collectives(program)
-            share = found.get("all-reduce", 0) * psum_us[decode.rows] / 1e3 / ms["median"]
             line = {"side": self.name, "what": "decode", "rows": decode.rows, "prompt": decode.prompt}
-            line |= {"ms_per_step": ms, "collectives": found, "all_reduce_share": share}
+            line |= {"ms_per_step": ms, "collectives": collectives(program)}
             lines.append(line | decode.traced(start, program))
         for requests, bench in self.benches.items():
             bench = dataclasses.replace(bench, model=model)
@@ -192,7 +192,7 @@ def held(x: jax.ShapeDtypeStruct) -> int:
     return math.prod(x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
 
 
-def lower_psum(rows: int, width: int, dtype: str, count: int) -> Lowered:
+def lower_psum(rows: int, width: int, dtype: str, count: int, options: dict | None = None) -> Lowered:
     """(x, half) -> x, all-reduced `count` times. XLA cannot know that both devices have the same `half`."""
     mesh = mesh_of("model=2")
 
@@ -204,7 +204,7 @@ def lower_psum(rows: int, width: int, dtype: str, count: int) -> Lowered:
         for shape, spec in (((rows, width), P()), ((2, 1), P("model")))
     ]
     run = jax.shard_map(many, mesh=mesh, in_specs=(P(), P("model")), out_specs=P(), check_vma=False)
-    return jax.jit(run).lower(*shapes)
+    return jax.jit(run, compiler_options=options).lower(*shapes)
 
 
 def psum_alone(program: Compiled, rows: int, width: int, dtype: str, count: int, repeats: int) -> dict:
@@ -215,8 +215,7 @@ def psum_alone(program: Compiled, rows: int, width: int, dtype: str, count: int,
         began = time.perf_counter()
         jax.block_until_ready(program(*given))
         spans.append(1e6 * (time.perf_counter() - began) / count)
-    line = {"side": "model=2", "what": "psum", "rows": rows, "bytes": given[0].nbytes}
-    return line | {"us": record.summary(spans[1:]), "collectives": collectives(program)}
+    return record.summary(spans[1:])
 
 
 def task(line: dict) -> tuple[str, int]:
@@ -244,15 +243,16 @@ def table(lines: list[dict]) -> str:
     for line in lines:
         name = "{:8} {:8} {:>4}".format(line["side"], *task(line))
         if line["what"] == "psum":
-            text.append(f"{name} {line['us']['median']:10.1f} us for {line['bytes']:,} bytes")
+            us, nccl, size = line["us"]["median"], line["nccl_us"]["median"], line["bytes"]
+            text.append(f"{name} {us:10.1f} us for {size:,} bytes, {nccl:.1f} by NCCL")
             continue
         value = f"{line['ms_per_step']['median']:10.3f} ms" if line["what"] == "decode" else ""
         value = value or f"{line['output_tokens_per_s']:10,.0f} tokens/s"
         value += f"  {line['times']:.2f}x" + (f" (goal {line['goal']}x)" if line["goal"] else "")
         if reduces := line.get("collectives", {}).get("all-reduce"):
-            value += f"  {reduces} all-reduces, {line['all_reduce_share']:.0%} of it"
+            value += f"  {reduces} all-reduces"
         if kernels := line.get("kernels_ms"):
-            value += f"; traced: {kernels:.3f} ms in kernels, {line['collectives_ms']:.3f} of them NCCL's"
+            value += f"; traced: {kernels:.3f} ms in kernels, {line['collectives_ms']:.3f} of them the collectives'"
         text.append(f"{name} {value}")
     return "\n".join(text)
 
@@ -282,15 +282,23 @@ def main() -> None:
     began, sides = time.perf_counter(), [side_of(name, options) for name in SIDES]
     lower = {key: make for side in sides for key, make in side.lower(options).items()}
     sums = {rows: (rows, CONFIGS[options.shapes].hidden_size, options.dtype) for rows, _ in options.rows}
-    lower |= {("psum", rows): functools.partial(lower_psum, *size, 8 * options.new) for rows, size in sums.items()}
+    ways = {"us": None, "nccl_us": HANDED}
+    lower |= {
+        ("psum", rows, way): functools.partial(lower_psum, *size, 8 * options.new, given)
+        for rows, size in sums.items()
+        for way, given in ways.items()
+    }
     order = sorted(lower, key=lambda key: ("start" in key, "serving" not in key))  # what takes long goes first
     compiled = programs.side_by_side({key: lower[key] for key in order})
     print(f"{len(compiled)} programs compiled: {time.perf_counter() - began:.0f} s", flush=True)
-    lines = [psum_alone(compiled["psum", n], *sums[n], 8 * options.new, options.repeats) for n in sums]
-    psum_us = {line["rows"]: line["us"]["median"] for line in lines}
+    lines = []
+    for rows, size in sums.items():
+        line = {"side": "model=2", "what": "psum", "rows": rows, "bytes": rows * size[1] * jnp.dtype(size[2]).itemsize}
+        done = {way: psum_alone(compiled["psum", rows, way], *size, 8 * options.new, options.repeats) for way in ways}
+        lines.append(line | done)
     for side in sides:
         began = time.perf_counter()
-        lines += side.measure(compiled, psum_us, options.repeats)
+        lines += side.measure(compiled, options.repeats)
         gc.collect()  # the model, before the next is made
         print(f"{side.name}: {time.perf_counter() - began:.0f} s", flush=True)
         if options.save:  # after each side: a run that is cut leaves what it has
