@@ -25,6 +25,7 @@ class KernelConfig:
     workers: int = 2  # compute warpgroups an SM, at most 2
     num_sms: int = 132  # persistent blocks, one an SM
     item_tiles: int = 1  # KV tiles that a (query tile, KV head) counts beside its own when work is shared out
+    tail_sizes: int = 8  # sizes that a copy at a row's end may have: the fewer, the more dead tokens are read
 
     def __post_init__(self):
         _check_sizes(self, item_tiles=0)
@@ -116,7 +117,7 @@ def decode_config(head_dim: int, num_rows: int, max_tokens: int) -> KernelConfig
     if not few:
         return shared
     if head_dim == 128 and num_rows * max_tokens <= 1 << 15:
-        return dataclasses.replace(shared, workers=1)
+        return dataclasses.replace(shared, workers=1, tail_sizes=1)
     return dataclasses.replace(shared, workers=1, kv_tile=128)
 
 

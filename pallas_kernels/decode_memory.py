@@ -71,16 +71,17 @@ def _stream(call: Call, refs: Refs, lane: int, *, keys: bool, part: int, parts: 
             return done + 1, *ahead
 
         whole = jnp.clip(lax.div(last + 1, jnp.int32(kv_tile)) - begin, item.j0, item.j1)
-        carry = (done, *page_ids(item.j0))
+        carry, tail = (done, *page_ids(item.j0)), _sizes(unit, call.config.tail_sizes)
         carry = lax.fori_loop(item.j0, whole, functools.partial(one, sizes=[unit]), carry)
-        return lax.fori_loop(whole, item.j1, functools.partial(one, sizes=_sizes(unit)), carry)[0]
+        return lax.fori_loop(whole, item.j1, functools.partial(one, sizes=tail), carry)[0]
 
     call.items(refs, lane, fetch, jnp.int32(0))
 
 
-def _sizes(unit: int) -> list[int]:
-    """Tokens that a copy may have, largest first: by eighths of a unit, not less than the 8 rows of a memory tile."""
-    return list(range(unit, 0, -max(unit // 8, 8)))
+def _sizes(unit: int, count: int) -> list[int]:
+    """Tokens that a copy may have, largest first: in `count` equal steps, not less than the 8 rows of a memory tile."""
+    step = -(-unit // (8 * count)) * 8
+    return list(range(unit, 0, -step))
 
 
 def _smallest(sizes: list[int], live, copy) -> None:

@@ -170,7 +170,7 @@ def test_sizes_stand_in_the_name(monkeypatch):
 @pytest.mark.parametrize(("name", "message"), [
     (
         "mosaic(tile=64)",
-        "unknown sizes tile; mosaic has kv_tile, stages, workers, num_sms, item_tiles, prefill_kv_tile",
+        "unknown sizes tile; mosaic has kv_tile, stages, workers, num_sms, item_tiles, tail_sizes, prefill_kv_tile",
     ),
     ("mosaic(kv_tile=96)", "kv_tile is 96, must be a multiple of 64, at most 256"),
     ("mosaic(kv_tile=320)", "kv_tile is 320"),
