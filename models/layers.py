@@ -49,7 +49,7 @@ def rope_frequencies(config: LlamaConfig) -> jax.Array:
 def rope_angles(config: LlamaConfig, position: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Cosine and sine, float32 [T, 1, D / 2], of the tokens' positions [T]; once a step, for all layers."""
     angle = position.astype(jnp.float32)[:, None, None] * rope_frequencies(config)
-    return jnp.cos(angle), jnp.sin(angle)
+    return jax.lax.optimization_barrier((jnp.cos(angle), jnp.sin(angle)))  # else anew in each layer, where XLA fuses it
 
 
 def total(x: jax.Array, axis: str | None) -> jax.Array:

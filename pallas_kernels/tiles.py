@@ -20,17 +20,31 @@ class QueryTiles(NamedTuple):
 
 def query_tiles(num_tokens: int, tile: int, length: jax.Array, query_start: jax.Array) -> QueryTiles:
     """Deals `num_tokens` packed queries to tiles of at most `tile` queries."""
+    token = jnp.arange(num_tokens, dtype=jnp.int32)
+    if tile == 1:  # a token is a tile
+        row = _row_of(token, query_start)
+        position = jnp.where(token < query_start[-1], look_up(length - query_start[1:], row) + token, -1)
+        return QueryTiles(row, token[:, None], position[:, None], token)
     rows = length.shape[0]
     num_tiles = (num_tokens + rows * (tile - 1)) // tile  # sum of ceil(count / tile), at most
-    tiles_of_row = (jnp.diff(query_start) + tile - 1) // tile
+    tiles_of_row = jax.lax.div(jnp.diff(query_start) + tile - 1, jnp.int32(tile))
     first_tile = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(tiles_of_row, dtype=jnp.int32)])
     i = jnp.arange(num_tiles, dtype=jnp.int32)
-    row = jnp.minimum(jnp.sum(i[:, None] >= first_tile[1:], axis=1, dtype=jnp.int32), rows - 1)
-    index = (query_start[row] + (i - first_tile[row]) * tile)[:, None] + jnp.arange(tile, dtype=jnp.int32)
-    real = (i < first_tile[-1])[:, None] & (index < query_start[row + 1][:, None])
-    position = jnp.where(real, (length[row] - query_start[row + 1])[:, None] + index, -1)
-
-    token = jnp.arange(num_tokens, dtype=jnp.int32)
-    token_row = jnp.minimum(jnp.sum(token[:, None] >= query_start[1:], axis=1), rows - 1)
-    place = first_tile[token_row] * tile + token - query_start[token_row]
+    row = _row_of(i, first_tile)
+    # Of a row, what is added to a tile's or a token's number:
+    begin, end, before = query_start[:-1] - first_tile[:-1] * tile, query_start[1:], length - query_start[1:]
+    index = (look_up(begin, row) + i * tile)[:, None] + jnp.arange(tile, dtype=jnp.int32)
+    real = (i < first_tile[-1])[:, None] & (index < look_up(end, row)[:, None])
+    position = jnp.where(real, look_up(before, row)[:, None] + index, -1)
+    place = token - look_up(begin, _row_of(token, query_start))
     return QueryTiles(row, jnp.clip(index, 0, num_tokens - 1), position, jnp.clip(place, 0, num_tiles * tile - 1))
+
+
+def _row_of(i: jax.Array, start: jax.Array) -> jax.Array:
+    """The row b with start[b] <= i < start[b + 1]; the last one for what lies past the end."""
+    return jnp.minimum(jnp.sum(i[:, None] >= start[1:], axis=1, dtype=jnp.int32), start.size - 2)
+
+
+def look_up(x: jax.Array, i: jax.Array) -> jax.Array:
+    """x[i] where no index is negative or out of bounds: checks of both are most of what such a line compiles to."""
+    return x.at[i].get(mode="promise_in_bounds", wrap_negative_indices=False)

@@ -9,7 +9,7 @@ has a static bound, the number of chunks is the longest live row's. Milakov and 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.tiles import query_tiles
+from pallas_kernels.tiles import look_up, query_tiles
 
 CHUNK = 64
 """Key positions looked at per iteration, in whole blocks; a row pays for its last chunk whole."""
@@ -25,12 +25,13 @@ def paged_attention(
     tile = min(max_queries or max(num_tokens // pages.shape[0], 1), MAX_TILE)
     row, index, position, place = query_tiles(num_tokens, tile, length, query_start)
     num_tiles = row.shape[0]
-    queries = q[index].reshape(num_tiles, tile, kv_heads, -1, head_dim).transpose(0, 2, 1, 3, 4)
+    queries = q if tile == 1 else look_up(q, index)
+    queries = queries.reshape(num_tiles, tile, kv_heads, -1, head_dim).transpose(0, 2, 1, 3, 4)
     group = queries.shape[3]
 
     chunk = max(1, CHUNK // block_size)  # pages
     width = chunk * block_size  # positions
-    row_pages = jnp.pad(pages, ((0, 0), (0, -pages.shape[1] % chunk)))[row]
+    row_pages = look_up(jnp.pad(pages, ((0, 0), (0, -pages.shape[1] % chunk))), row)
     first = jnp.zeros((), jnp.int32)
     if sliding_window is not None:
         seen_from = jnp.where(position >= 0, position - sliding_window + 1, jnp.iinfo(jnp.int32).max)
@@ -38,7 +39,7 @@ def paged_attention(
 
     def look(i, carry):
         high, total, acc = carry
-        ids = jax.lax.dynamic_slice_in_dim(row_pages, i * chunk, chunk, axis=1)
+        ids = jax.lax.dynamic_slice_in_dim(row_pages, i * chunk, chunk, axis=1, allow_negative_indices=False)
         keys = _gather(k_pool, ids)  # [n, K, width, D]
         at = i * width + jnp.arange(width)
         seen = at <= position[:, :, None]
@@ -57,7 +58,7 @@ def paged_attention(
 
     shape = (num_tiles, kv_heads, tile, group)
     start = jnp.full(shape, -1e30, jnp.float32), jnp.zeros(shape), jnp.zeros((*shape, head_dim))
-    last = (jnp.max(position) + width) // width
+    last = jax.lax.div(jnp.max(position) + width, jnp.int32(width))
     high, total, acc = jax.lax.fori_loop(first, last, look, start)
 
     some = total != 0  # NaN scores stay NaN: a sick row must show
@@ -66,7 +67,7 @@ def paged_attention(
 
     def unpack(tiles):  # [n, K, tile, G, ...] -> [T, H, ...]
         flat = tiles.swapaxes(1, 2).reshape(num_tiles * tile, heads, *tiles.shape[4:])
-        return flat[place]
+        return flat if tile == 1 else look_up(flat, place)
 
     live = jnp.arange(num_tokens) < query_start[-1]
     return (
@@ -77,5 +78,5 @@ def paged_attention(
 
 def _gather(pool: jax.Array, ids: jax.Array) -> jax.Array:
     """Blocks ids[n, c] of a pool [N, K, S, D] as one run of positions a head: [n, K, c * S, D]."""
-    tiles = pool.at[ids].get(mode="promise_in_bounds").swapaxes(1, 2)  # [n, K, c, S, D]
+    tiles = look_up(pool, ids).swapaxes(1, 2)  # [n, K, c, S, D]
     return tiles.reshape(*tiles.shape[:2], -1, tiles.shape[-1])

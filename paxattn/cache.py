@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import copy_blocks, mosaic
+from pallas_kernels.tiles import look_up
 from paxattn.blocks import NULL
 from paxattn.pages import Copies, PageTable, append, locate
 from paxattn.status import Status
@@ -125,6 +126,8 @@ def extend(
     layers = _copy_blocks(cache.layers, copies, attention) if shared else cache.layers
     plan = _plan(table, jnp.where(status == Status.OK, count, 0), copies, budget)
     plan = dataclasses.replace(plan, attention=attention, max_queries=max_queries)
+    if not mosaic.chosen(attention):  # XLA would work it out anew in each layer, in all that it fuses there
+        plan = jax.lax.optimization_barrier(plan)
     return Cache(table, layers), plan, status
 
 
@@ -146,12 +149,12 @@ def _copy_blocks(layers: tuple[KV, ...], copies: Copies, attention: str) -> tupl
         return jax.tree.unflatten(structure, pools)
 
     def copy(layers):
-        return jax.tree.map(lambda pool: _put(pool, copies.target, pool[copies.source]), layers)
+        return jax.tree.map(lambda pool: _put(pool, copies.target, look_up(pool, copies.source)), layers)
 
     def _put(pool, target, tiles):
         # NULL targets become distinct out-of-range ids: dropped, and the indices stay unique.
         target = jnp.where(target == NULL, pool.shape[0] + jnp.arange(target.size), target)
-        return pool.at[target].set(tiles, mode="drop", unique_indices=True)
+        return pool.at[target].set(tiles, mode="drop", unique_indices=True, wrap_negative_indices=False)
 
     return jax.lax.cond(copies.count > 0, copy, lambda layers: layers, layers)
 
@@ -162,7 +165,8 @@ def write(kv: KV, plan: Plan, k: Float[Array, "T K D"], v: Float[Array, "T K D"]
     block = jnp.where(plan.live, plan.block, num_blocks + jnp.arange(plan.block.size))
 
     def put(pool, new):
-        return pool.at[block, :, plan.slot].set(new.astype(pool.dtype), mode="drop", unique_indices=True)
+        where = pool.at[block, :, plan.slot]
+        return where.set(new.astype(pool.dtype), mode="drop", unique_indices=True, wrap_negative_indices=False)
 
     return KV(put(kv.k, k), put(kv.v, v))
 

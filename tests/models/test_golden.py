@@ -125,13 +125,15 @@ def test_another_call_of_the_same_bucket_compiles_nothing():
     assert compiled(first, 5, temperature=1.1, min_p=0.1, repetition_penalty=1.2, seed=4) == greedy + 1
 
 
-def test_a_decode_step_of_the_real_model_moves_no_pool():
-    """Pools aliased; temporaries far below the pools."""
+def test_a_step_of_the_real_model_moves_no_pool_and_is_planned_once():
+    """Pools aliased; temporaries far below the pools; what all layers share is not worked out in each."""
     lm, _ = smollm2()
     ids = jnp.ones((2, 16), jnp.int32)
     state = pax.start(lm.model, ids, np.array([16, 16]), max_new_tokens=16, num_blocks=1500)
     pools = sum(x.nbytes for x in jax.tree.leaves(state.cache.layers))
     step = jax.jit(pax.advance, static_argnames="budget", donate_argnames="state")
-    memory = step.lower(lm.model, state, budget=32).compile().memory_analysis()
+    compiled = step.lower(lm.model, state, budget=32).compile()
+    assert compiled.as_text().count(" cosine(") == 2  # of the body with prompts, and of the one without
+    memory = compiled.memory_analysis()
     assert memory.alias_size_in_bytes >= pools
     assert memory.temp_size_in_bytes < pools / 10
