@@ -17,7 +17,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 from pallas_kernels import config, decode, mosaic, paged_attention, prefill
 from pallas_kernels.cases import CASES, HOPPER_CASES, TINY_CASES, make
 from pallas_kernels.config import KernelConfig, PrefillConfig, decode_config, prefill_config, with_sizes, without_sizes
-from tests.pallas_kernels.interpreter import RACES, on_cpu
+from tests.pallas_kernels.interpreter import RACES, by_warps, on_cpu
 from tests.pallas_kernels.test_paged_attention import by_hand, error
 
 TOLERANCE = 1e-2  # bf16, of the worst query; typically 2e-3
@@ -52,6 +52,7 @@ def few_programs(monkeypatch):
 
 
 @on_cpu
+@by_warps
 @pytest.mark.parametrize("case", TINY_CASES.values(), ids=TINY_CASES.keys())
 @pytest.mark.usefixtures("few_programs")
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # NaN is multiplied, and masked
@@ -74,6 +75,7 @@ def test_equals_the_definition(case, dtype):
     check(case, arrays, out, lse)
 
 
+@by_warps
 @pytest.mark.parametrize("count", [1, 2])
 def test_how_many_sizes_the_last_copies_have_does_not_show(count):
     """Fewer read more dead tokens, which are NaN here and weigh nothing."""
