@@ -133,7 +133,8 @@ def test_a_step_of_the_real_model_moves_no_pool_and_is_planned_once():
     pools = sum(x.nbytes for x in jax.tree.leaves(state.cache.layers))
     step = jax.jit(pax.advance, static_argnames="budget", donate_argnames="state")
     compiled = step.lower(lm.model, state, budget=32).compile()
-    assert compiled.as_text().count(" cosine(") == 2  # of the body with prompts, and of the one without
+    if jax.default_backend() == "cpu":  # the compiler that the barriers are for
+        assert compiled.as_text().count(" cosine(") == 2  # of the body with prompts, and of the one without
     memory = compiled.memory_analysis()
     assert memory.alias_size_in_bytes >= pools
     assert memory.temp_size_in_bytes < pools / 10
