@@ -79,7 +79,7 @@ def _stream(call: Call, refs: Refs, lane: int, *, keys: bool, part: int, parts: 
 
 
 def _sizes(unit: int, count: int) -> list[int]:
-    """Tokens that a copy may have, largest first: in `count` equal steps, not less than the 8 rows of a memory tile."""
+    """Tokens that a copy may have, largest first: `count` at most, a memory tile's 8 rows or more apart."""
     step = -(-unit // (8 * count)) * 8
     return list(range(unit, 0, -step))
 

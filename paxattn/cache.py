@@ -148,15 +148,11 @@ def _copy_blocks(layers: tuple[KV, ...], copies: Copies, attention: str) -> tupl
         pools = copy_blocks.copy_blocks(pools, copies.source, copies.target, null=NULL)
         return jax.tree.unflatten(structure, pools)
 
-    def copy(layers):
-        return jax.tree.map(lambda pool: _put(pool, copies.target, look_up(pool, copies.source)), layers)
+    def copied(pool):
+        target = jnp.where(copies.target == NULL, pool.shape[0] + jnp.arange(copies.target.size), copies.target)
+        return _put(pool, target, look_up(pool, copies.source))
 
-    def _put(pool, target, tiles):
-        # NULL targets become distinct out-of-range ids: dropped, and the indices stay unique.
-        target = jnp.where(target == NULL, pool.shape[0] + jnp.arange(target.size), target)
-        return pool.at[target].set(tiles, mode="drop", unique_indices=True, wrap_negative_indices=False)
-
-    return jax.lax.cond(copies.count > 0, copy, lambda layers: layers, layers)
+    return jax.lax.cond(copies.count > 0, lambda layers: jax.tree.map(copied, layers), lambda layers: layers, layers)
 
 
 def write(kv: KV, plan: Plan, k: Float[Array, "T K D"], v: Float[Array, "T K D"]) -> KV:
@@ -164,11 +160,13 @@ def write(kv: KV, plan: Plan, k: Float[Array, "T K D"], v: Float[Array, "T K D"]
     num_blocks = kv.k.shape[0]
     block = jnp.where(plan.live, plan.block, num_blocks + jnp.arange(plan.block.size))
 
-    def put(pool, new):
-        where = pool.at[block, :, plan.slot]
-        return where.set(new.astype(pool.dtype), mode="drop", unique_indices=True, wrap_negative_indices=False)
+    where = block, slice(None), plan.slot
+    return KV(_put(kv.k, where, k.astype(kv.k.dtype)), _put(kv.v, where, v.astype(kv.v.dtype)))
 
-    return KV(put(kv.k, k), put(kv.v, v))
+
+def _put(pool: Array, where: Array | tuple, new: Array) -> Array:
+    """The pool with pool[where] = new. What must go nowhere has an id of its own past the last: dropped, yet unique."""
+    return pool.at[where].set(new, mode="drop", unique_indices=True, wrap_negative_indices=False)
 
 
 def view(cache: Cache, layer: int) -> tuple[Float[Array, "B M K D"], Float[Array, "B M K D"]]:

@@ -79,10 +79,9 @@ def test_equals_the_definition(case, dtype):
 @pytest.mark.parametrize("count", [1, 2])
 def test_how_many_sizes_the_last_copies_have_does_not_show(count):
     """Fewer read more dead tokens, which are NaN here and weigh nothing."""
-    case, rest = HOPPER_CASES["decode-block-128"], {}
+    case, rest, few = HOPPER_CASES["decode-block-128"], {}, {}
     if not mosaic.on_hopper():
-        case, rest = TINY_CASES["decode-soft-cap"], {"interpret": RACES}
-    few = {} if mosaic.on_hopper() else {"num_sms": 2}
+        case, rest, few = TINY_CASES["decode-soft-cap"], {"interpret": RACES}, {"num_sms": 2}
     run = functools.partial(mosaic.run, max_queries=1, **case.options | {"scale": case.head_dim**-0.5} | rest)
     arrays = [*map(jnp.asarray, arrays_of(case))]
     got, want = (run(*arrays, sizes={"tail_sizes": n, **few}) for n in (count, 8))
