@@ -2,12 +2,15 @@
 
     state = start(prompts) -- advance(the prefill steps) --> t_prefill -- advance(128 more) --> t_decode / 128
 
-Beside each row stand the time that the bytes alone would take and what vLLM 0.24 took on the same card model.
+Beside each row stand the time that the bytes alone would take, what vLLM 0.24 took on the same card model, and where
+a step goes by the profiler: kernels by name, and what is between them.
 """
 
 import argparse
+import collections
 import functools
 import math
+import re
 import statistics
 import time
 
@@ -16,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import programs
 import record
+from device_time import kernel_seconds
 
 import paxattn as pax
 from models.shapes import CONFIGS
@@ -40,7 +44,8 @@ READ = 3.1e12  # bytes a second that the card reads
 METHOD = """Prefill: prompt tokens / time of the steps that feed them, from a fresh state, host clock around a
 blocking call. Decode: (time of the steps of 129 new tokens - time of the first) / 128. Medians; the samples are
 in seconds. floor_ms: weights and live K/V read once at 3.1 TB/s. vLLM's figures were taken earlier on a card of
-the same kind."""
+the same kind. kernels_ms: the same decode steps once more, under the profiler: milliseconds a step by kernel, XLA's
+counters cut from the names, those below 1% together; idle_ms: ms_per_step without them."""
 
 
 def lower(model, rows: int, prompt: int, new: int, attention: str) -> dict:
@@ -56,6 +61,16 @@ def lower(model, rows: int, prompt: int, new: int, attention: str) -> dict:
         return advance.lower(model, state, steps=programs.number())
 
     return {"start": lambda: start.lower(programs.ids(rows, prompt)), "advance": lower_advance}
+
+
+def kernels_ms(spans: dict[str, float], steps: int) -> dict[str, float]:
+    """Milliseconds a step by kernel, the longest first. Names lose XLA's counters; those below 1% are one, "others"."""
+    total = collections.defaultdict(float)
+    for name, seconds in spans.items():
+        total[re.sub(r"(_?\d+)+$", "", name)] += 1e3 * seconds / steps
+    least = sum(total.values()) / 100
+    kept = {name: total[name] for name in sorted(total, key=total.__getitem__, reverse=True) if total[name] >= least}
+    return kept | {"others": sum(total.values()) - sum(kept.values())}
 
 
 def measure(name: str, model, compiled: dict, rows: int, prompt: int, new: int, repeats: int) -> dict:
@@ -84,6 +99,9 @@ def measure(name: str, model, compiled: dict, rows: int, prompt: int, new: int, 
             prefill.append(first)
             decode.append(rest)
         del state
+    state, _ = run(start(jnp.asarray(ids)), prefill_steps)
+    kernels = kernels_ms(kernel_seconds(lambda: run(state, new)), new)
+    ms_per_step = 1e3 * statistics.median(decode) / new
     weights = sum(x.nbytes for x in jax.tree.leaves(model))
     cached = rows * (prompt + new // 2) * model.cache_spec.bytes_per_token
     vllm_prefill, vllm_ms = VLLM.get((name, rows, prompt), (math.nan, math.nan))
@@ -91,13 +109,15 @@ def measure(name: str, model, compiled: dict, rows: int, prompt: int, new: int, 
         "model": name,
         "rows": rows,
         "prompt": prompt,
-        "ms_per_step": 1e3 * statistics.median(decode) / new,
+        "ms_per_step": ms_per_step,
         "prefill_tokens_per_s": rows * prompt / statistics.median(prefill),
         "floor_ms": 1e3 * (weights + cached) / READ,
         "vllm_ms_per_step": vllm_ms,
         "vllm_prefill_tokens_per_s": vllm_prefill,
         "prefill_seconds": prefill,
         "decode_seconds": decode,
+        "kernels_ms": kernels,
+        "idle_ms": ms_per_step - sum(kernels.values()),
     }
 
 
