@@ -60,6 +60,7 @@ def add_norm(x, delta, weight, *, eps: float, interpret=None) -> tuple[jax.Array
         grid_names=("token",),
         num_threads=1,
         thread_name="wg",
+        kernel_name="add_and_norm",
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         interpret=interpret,
     )(x, delta, weight[None])

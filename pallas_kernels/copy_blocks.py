@@ -64,6 +64,7 @@ def copy_blocks(pools, source: jax.Array, target: jax.Array, *, null: int, inter
         grid_names=("row", "part"),
         num_threads=1,
         thread_name="wg",
+        kernel_name="copy_blocks",
         compiler_params=plgpu.CompilerParams(
             unsafe_no_auto_barriers=True,  # nothing that is written is read
             lowering_semantics=plgpu.LoweringSemantics.Warpgroup,

@@ -123,6 +123,7 @@ def _attend(call: Call, interpret, *operands):
         grid_names=("sm",),
         num_threads=config.workers + 1,
         thread_name="wg",
+        kernel_name="paged_decode",
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         interpret=interpret,
     )(*operands)

@@ -97,6 +97,7 @@ def merge(whole, partial, share: jax.Array, *, used: int, interpret=None) -> tup
         grid_names=("border", "block"),
         num_threads=1,
         thread_name="wg",
+        kernel_name="merge_partials",
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         interpret=interpret,
     )(out_ref, lse_ref, part.reshape(*part.shape[:2], -1), part_lse, share)

@@ -84,6 +84,7 @@ def paged_attention(
         grid_names=("program",),
         num_threads=3,
         thread_name="wg",
+        kernel_name="paged_prefill",
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         interpret=interpret,
     )(q, k_pool, v_pool, pages, plan.tile, plan.live)

@@ -70,6 +70,7 @@ def turn_and_write(q, k, v, angles, k_pool, v_pool, block, slot, query_start, *,
         grid_names=("part", "token"),
         num_threads=1,
         thread_name="wg",
+        kernel_name="rope_and_write",
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         interpret=interpret,
     )(qkv, *angles, block, slot, query_start, k_ref, v_ref)
