@@ -14,15 +14,15 @@ import jax
 
 
 def kernel_seconds(run: Callable[[], object]) -> dict[str, float]:
-    """Seconds by kernel, the mean of all GPUs, while `run()` ran and until it was done; empty without a GPU."""
+    """Seconds by kernel, the mean of the GPUs that worked, until `run()` was done; empty without one."""
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             jax.block_until_ready(run())
         (file,) = Path(folder).rglob("*.xplane.pb")
         planes = [p for p in jax.profiler.ProfileData.from_file(str(file)).planes if p.name.startswith("/device:GPU")]
-        streams = [line for plane in planes for line in plane.lines if line.name.startswith("Stream")]
-        spans = collections.defaultdict(float)
-        for stream in streams:
-            for event in stream.events:
-                spans[event.name] += event.duration_ns / 1e9 / len(planes)
+        streams = [[line for line in plane.lines if line.name.startswith("Stream")] for plane in planes]
+        events = [[(e.name, e.duration_ns / 1e9) for line in lines for e in line.events] for lines in streams]
+    spans, busy = collections.defaultdict(float), [gpu for gpu in events if gpu]
+    for name, seconds in (event for gpu in busy for event in gpu):
+        spans[name] += seconds / len(busy)
     return dict(spans)

@@ -23,6 +23,7 @@ from paxattn.serving.loop import mixed_budget, most
 from paxattn.serving.policy import Policy, ranked
 from paxattn.serving.queue import NEVER, Queue, Times
 from paxattn.serving.service import Service, admit, choose, preempt, settle, wake
+from paxattn.serving.widths import prompt_widths, room
 from paxattn.sharing import Sharing, sharing
 from paxattn.typing import Array, Bool, Float32, Int32, struct
 
@@ -126,7 +127,7 @@ def simulate(
     Raises:
       ValueError: a size that `serve` refuses.
     """
-    budget = mixed_budget(max_num_batched_tokens, max_num_seqs)
+    widths = prompt_widths(mixed_budget(max_num_batched_tokens, max_num_seqs), max_num_seqs)
     policy, lines = Policy() if policy is None else policy, prompt.shape[0]
     prompt, answer = (jnp.asarray(values, jnp.int32) for values in (prompt, answer))
     table = PageTable.create(
@@ -151,7 +152,7 @@ def simulate(
 
     def turn(old, _):
         service = admit(wake(old), order, jnp.float32(policy.watermark))
-        count, out = choose(service, rank, budget)
+        count, out = choose(service, rank, room(jnp.sum(service.view().pending), widths))
         service = preempt(service, out)
         new = _feed(service, count)
         return new, tracing.line(old, service, new, count, out)

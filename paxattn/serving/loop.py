@@ -3,7 +3,7 @@
     serve = results . run . put . open_service
 
     run   lax.while_loop:  wake, admit, choose, preempt  ->  one of the compiled bodies  ->  settle
-                                                             prompts among them:    T = max_num_batched_tokens
+                                                             prompts among them:    T = max_num_batched_tokens, T/4 ..
                                                              all rows at one token: T = B, of many rows 3B/4, B/2 .. too
 
 `generate` is the case in which everybody has a row from the start. What a request is answered depends on its prompt
@@ -25,10 +25,8 @@ from paxattn.serving import trace as tracing
 from paxattn.serving.policy import Policy, ranked
 from paxattn.serving.queue import Queue, Requests, Times, put
 from paxattn.serving.service import Service, admit, choose, preempt, settle, wake
+from paxattn.serving.widths import decode_widths, prompt_widths, room, shortest
 from paxattn.typing import Array, Float32, Int32, struct
-
-LEAST_WIDTH = 64
-"""Tokens below which no body is compiled: see `decode_widths`."""
 
 
 @struct
@@ -72,8 +70,8 @@ def serve(
       num_blocks: blocks in the pool, NULL included; enough for all rows by default. With fewer, requests wait, and
         rows are preempted when blocks run out.
       block_size: tokens a block holds.
-      max_num_batched_tokens: token axis of a step that feeds prompts; at least max_num_seqs, as decoding rows go
-        first.
+      max_num_batched_tokens: tokens that a step feeds at most; at least max_num_seqs, as decoding rows go first. The
+        token axis is that long, or a quarter, a sixteenth .. where few prompts wait.
       policy: who goes first; first come, first served by default.
       eos_token_id: none, one or several ids that end a request.
       trace: record that many iterations; see `paxattn.serving.trace`.
@@ -151,27 +149,13 @@ def at_least_one(**sizes: int) -> None:
 
 
 def mixed_budget(max_num_batched_tokens: int, max_num_seqs: int) -> int:
-    """Length of the token axis of steps that feed prompts."""
+    """Tokens that a step feeds at most."""
     if max_num_batched_tokens < max_num_seqs:
         raise ValueError(
             f"max_num_batched_tokens is {max_num_batched_tokens}, must be at least max_num_seqs = {max_num_seqs}: "
             "decoding rows go first, a token each; raise it or ask for fewer rows."
         )
     return max_num_batched_tokens
-
-
-def decode_widths(rows: int) -> list[int]:
-    """Lengths of the token axis of steps in which all rows decode: one a row, less while fewer are left.
-
-    Three quarters of the rows, as products of 128 tokens and more are limited by arithmetic, then halves of the rows,
-    as one of fewer than 64 tokens costs no less: memory is its limit.
-    """
-    widths = [rows]
-    while widths[-1] % 2 == 0 and widths[-1] // 2 >= LEAST_WIDTH:
-        widths.append(widths[-1] // 2)
-    if rows % 4 == 0 and rows * 3 // 4 >= 2 * LEAST_WIDTH:
-        widths.insert(1, rows * 3 // 4)
-    return widths
 
 
 def run(
@@ -199,16 +183,16 @@ def run(
         told = {"budget": tokens, "max_queries": most, "attention": attention, "shared": False}
         return lambda state, count: step(model, state, count=count, **told)
 
-    widths = decode_widths(service.line.size)
-    bodies = [feed(budget, None), *(feed(tokens, 1) for tokens in widths)]
+    prompts, singles = prompt_widths(budget, service.line.size), decode_widths(service.line.size)
+    bodies = [*(feed(tokens, None) for tokens in prompts), *(feed(tokens, 1) for tokens in singles)]
 
     def turn(old):
         service = admit(wake(old), order, watermark)
         gone = 0 if evict is None else jnp.sum(holes(service.cache.table), axis=1)
-        count, out = choose(service, rank, budget, gone)
-        service = preempt(service, out)
-        decode = jnp.sum(jnp.sum(count) <= jnp.array(widths))
-        state = jax.lax.switch(jnp.where(jnp.any(count > 1), 0, decode), bodies, service.view(), count)
+        count, out = choose(service, rank, room(jnp.sum(service.view().pending), prompts), gone)
+        service, fed = preempt(service, out), jnp.sum(count)
+        body = jnp.where(jnp.any(count > 1), shortest(fed, prompts), len(prompts) + shortest(fed, singles))
+        state = jax.lax.switch(body, bodies, service.view(), count)
         new = settle(service, state if evict is None else evicted(state, evict))
         if not new.trace.size:
             return new

@@ -124,7 +124,7 @@ def admit(service: Service, order: Int32[Array, "R"], watermark: Float32[Array, 
 
 
 def choose(
-    service: Service, rank: Int32[Array, "R"], budget: int, gone: Int32[Array, "B"] | int = 0
+    service: Service, rank: Int32[Array, "R"], budget: Int32[Array, ""] | int, gone: Int32[Array, "B"] | int = 0
 ) -> tuple[Int32[Array, "B"], Bool[Array, "B"]]:
     """How many tokens each row feeds, and which rows have to go.
 

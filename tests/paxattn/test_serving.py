@@ -1,5 +1,6 @@
 """The laws of dynamic batching, on toys: who sits where and when is unobservable in the tokens, and nobody is lost."""
 
+import collections
 import dataclasses
 import functools
 
@@ -11,12 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import paxattn as pax
-from paxattn.serving import loop
 from paxattn.serving import trace as tracing
-from paxattn.serving.loop import decode_widths, most, open_service, results, run
+from paxattn.serving import widths
+from paxattn.serving.loop import most, open_service, results, run
 from paxattn.serving.policy import first_come, highest_priority, ranked, shortest_prompt
 from paxattn.serving.queue import put
 from paxattn.serving.service import admit, choose
+from paxattn.serving.widths import decode_widths, prompt_widths, room, shortest
+from paxattn.typing import struct
 from tests.toys import VOCAB, Chain, Toy, prompts, tokens_of
 
 TOY, CHAIN = Toy.create(), Chain(jnp.int32(7))
@@ -177,7 +180,7 @@ def test_a_thousand_requests_through_a_pool_that_is_too_small():
         service, broken, more = chunk(Counted(jnp.int32(7)), service)
         assert not int(broken)
     assert chunk._cache_size() == 1
-    assert sorted(set(traced)) == [32, 512]
+    assert sorted(set(traced)) == [32, 128, 512]
     assert int(service.cache.table.blocks.num_used) == 0
     assert int(service.queue.preemptions.sum()) > 50
     assert (np.asarray(service.queue.finish) == pax.Finish.LENGTH).all()
@@ -214,16 +217,53 @@ def test_serve_is_all_of_it_and_its_trace_adds_up():
     assert used[-1] == 0
 
 
-def test_the_width_of_the_token_axis_is_unobservable(monkeypatch):
+def test_lengths_of_the_token_axis():
     assert decode_widths(256) == [256, 192, 128, 64]
     assert decode_widths(100) == [100]
-    monkeypatch.setattr(loop, "LEAST_WIDTH", 1)
-    assert decode_widths(4) == [4, 3, 2, 1]
-    new = np.where(np.arange(LINES) % 3, 3, NEW)  # rows end at different times: each width has its steps
-    result = jax.jit(functools.partial(pax.serve, TOY, max_num_seqs=4, max_model_len=MODEL_LEN))(
-        requests(max_new_tokens=new)
-    )
+    assert prompt_widths(4096, 256) == [4096, 1024]
+    assert prompt_widths(2048, 16) == [2048, 512, 128]
+    assert prompt_widths(255, 16) == prompt_widths(255, 255) == [255]
+
+
+@pytest.mark.parametrize("lengths", [[2048, 512, 128], [255]])
+def test_an_axis_is_half_used_or_the_shortest(lengths):
+    need = np.arange(1, 2 * lengths[0])
+    taken = np.asarray(jax.vmap(lambda n: room(n, lengths))(need))
+    index = np.asarray(jax.vmap(lambda n: shortest(n, lengths))(np.minimum(need, taken)))
+    assert (np.array(lengths)[index] == taken).all(), "what is fed takes the axis that it was fed for"
+    assert ((2 * need > taken) | (taken == lengths[-1])).all()
+    longer = np.array([lengths[0], *lengths])[index]  # the next one up, where there is one
+    assert ((need <= taken) | (2 * need <= longer) | (taken == lengths[0])).all(), "no longer one would be half used"
+
+
+@pytest.mark.parametrize("name", ["all", "some"])
+def test_the_width_of_the_token_axis_is_unobservable(monkeypatch, name):
+    """Axes of 64 and 16 tokens for prompts, of 4 to 1 without: each has its steps, as rows end at different times."""
+    monkeypatch.setattr(widths, "LEAST_WIDTH", 1)
+    assert (decode_widths(4), prompt_widths(64, 4)) == ([4, 3, 2, 1], [64, 16])
+    new = np.arange(3, 3 + LINES)
+    ran = collections.Counter()
+
+    @struct
+    class Watched(Toy):
+        def __call__(self, tokens, plan, layers):
+            jax.debug.callback(lambda: ran.update([tokens.shape[0]]))
+            return super().__call__(tokens, plan, layers)
+
+    sizes = {"max_num_seqs": 4, "max_model_len": MODEL_LEN, "max_num_batched_tokens": 64, "trace": 400}
+    sizes |= {"block_size": 3, "num_blocks": 20} if name == "some" else {}  # of the rows fit
+    result = jax.jit(functools.partial(pax.serve, Watched(**vars(TOY)), **sizes))(requests(max_new_tokens=new))
     assert tokens_of(result) == [tokens[:n] for tokens, n in zip(alone(), new, strict=True)]
+    assert bool(result.preemptions.any()) == (name == "some")
+    jax.effects_barrier()
+    columns = tracing.columns(result.trace, int(result.stats.steps))
+    fed, prompts = columns["prefill_tokens"] + columns["decode_tokens"], columns["prefill_tokens"] > 1
+    taken = [
+        min(w for w in ([64, 16] if mixed else [4, 3, 2, 1]) if w >= n) for n, mixed in zip(fed, prompts, strict=True)
+    ]
+    assert ran == collections.Counter(taken)
+    assert set(ran) == {64, 16, 4, 3, 2, 1}
+    assert (fed[prompts] == 16).any(), "what would use a third of 64 fills 16, and the rest waits"
 
 
 @jax.jit

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import paxattn as pax
+from paxattn.serving import widths
 from paxattn.serving.policy import highest_priority, shortest_prompt
 from paxattn.serving.trace import COLUMNS
 from paxattn.simulate import branch, draw_lengths, reserve, simulate
@@ -17,25 +18,28 @@ LENGTHS, STEPS, LINES = (1, 5, 16, 17, 40, 3, 9, 22, 2, 30), 256, 10
 ANSWERS = np.array([3, 20, 1, 12, 9, 20, 14, 2, 17, 8], np.int32)
 ARRIVAL = np.array([0, 0, 0, 9, 3, 40, 40, 41, 200, 0], np.int32)
 PRIORITY = np.arange(LINES, dtype=np.int32) % 4
-SIZES = {"max_num_seqs": 3, "max_model_len": 64, "max_num_batched_tokens": 19}
+SIZES = {"max_num_seqs": 3, "max_model_len": 64}
 SETTINGS = {
     "first": {"block_size": 3, "num_blocks": 24, "policy": pax.Policy()},
     "priority": {"block_size": 1, "num_blocks": 60, "policy": pax.Policy(shortest_prompt, highest_priority, 0.1)},
+    "two axes": {"block_size": 3, "num_blocks": 24, "policy": pax.Policy(), "max_num_batched_tokens": 64},
 }
 
 
-@functools.partial(jax.jit, static_argnames=("block_size", "num_blocks"))
+@functools.partial(jax.jit, static_argnames=("block_size", "num_blocks", "max_num_batched_tokens"))
 def simulated(prompt, answer, policy, **options):
     return simulate(prompt, answer, steps=STEPS, policy=policy, arrival=ARRIVAL, priority=PRIORITY, **SIZES, **options)
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_the_trace_is_that_of_serving(name):
+def test_the_trace_is_that_of_serving(monkeypatch, name):
     """Column by column and step by step, with preemptions, waiting and idle time in it."""
+    monkeypatch.setattr(widths, "LEAST_WIDTH", 1)
+    setting = {"max_num_batched_tokens": 19} | SETTINGS[name]
     ids, length = prompts(LENGTHS)
     requests = pax.Requests.create(ids, length, max_new_tokens=ANSWERS, arrival=ARRIVAL, priority=PRIORITY)
-    serve = jax.jit(lambda r: pax.serve(Chain(jnp.int32(7)), r, trace=STEPS, **SIZES, **SETTINGS[name]))
-    served, sim = serve(requests), simulated(length, ANSWERS, **SETTINGS[name])
+    serve = jax.jit(lambda r: pax.serve(Chain(jnp.int32(7)), r, trace=STEPS, **SIZES, **setting))
+    served, sim = serve(requests), simulated(length, ANSWERS, **setting)
     steps = int(served.stats.steps)
     assert sim.use.ended
     assert int(sim.use.steps) == steps < STEPS
