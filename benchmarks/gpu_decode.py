@@ -45,7 +45,7 @@ METHOD = """Prefill: prompt tokens / time of the steps that feed them, from a fr
 blocking call. Decode: (time of the steps of 129 new tokens - time of the first) / 128. Medians; the samples are
 in seconds. floor_ms: weights and live K/V read once at 3.1 TB/s. vLLM's figures were taken earlier on a card of
 the same kind. kernels_ms: the same decode steps once more, under the profiler: milliseconds a step by kernel, XLA's
-counters cut from the names, those below 1% together; idle_ms: ms_per_step without them."""
+counters cut from the names, those below 0.3% together; idle_ms: ms_per_step without them."""
 
 
 def lower(model, rows: int, prompt: int, new: int, attention: str) -> dict:
@@ -64,11 +64,11 @@ def lower(model, rows: int, prompt: int, new: int, attention: str) -> dict:
 
 
 def kernels_ms(spans: dict[str, float], steps: int) -> dict[str, float]:
-    """Milliseconds a step by kernel, the longest first. Names lose XLA's counters; those below 1% are one, "others"."""
+    """Milliseconds a step by kernel, the longest first. Names lose XLA's counters; those below 0.3% are one, "others"."""
     total = collections.defaultdict(float)
     for name, seconds in spans.items():
         total[re.sub(r"(_?\d+)+$", "", name)] += 1e3 * seconds / steps
-    least = sum(total.values()) / 100
+    least = 0.003 * sum(total.values())
     kept = {name: total[name] for name in sorted(total, key=total.__getitem__, reverse=True) if total[name] >= least}
     return kept | {"others": sum(total.values()) - sum(kept.values())}
 

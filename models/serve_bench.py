@@ -48,7 +48,7 @@ def add_arguments(sub: argparse.ArgumentParser) -> None:
     add("--max-num-seqs", type=int32, default=256, metavar="B", help="rows at most")
     add("--num-blocks", type=int32, metavar="N", help="blocks in the pool (default: enough for all rows)")
     add("--block-size", type=int32, default=16, metavar="S", help="tokens a block of the cache")
-    add("--max-num-batched-tokens", type=int32, default=2048, metavar="T", help="token axis of steps with prompts")
+    add("--max-num-batched-tokens", type=int32, default=2048, metavar="T", help="tokens a step feeds at most")
     add("--steps", type=int32, default=32, metavar="K", help="steps a chunk")
     add("--attention", default="auto", metavar="NAME", help="implementation of paged attention")
     add("--mesh", metavar="data=D,model=M", help="all devices; rows, blocks and token axis are those of a data shard")

@@ -61,7 +61,7 @@ class Engine:
       max_model_len: tokens that a request can hold, prompt and answer.
       num_blocks: blocks in the pool, NULL included; enough for all rows by default.
       block_size: tokens a block holds.
-      max_num_batched_tokens: token axis of a step that feeds prompts; at least max_num_seqs.
+      max_num_batched_tokens: tokens that a step feeds at most; at least max_num_seqs.
       max_num_requests: lines of the device's queue, from which the policy chooses; twice the rows by default. Further
         requests wait in a backlog on the host, in the order in which they came.
       steps: steps a chunk: the host sees new tokens, and the device new requests, that often.
