@@ -64,7 +64,7 @@ def lower(model, rows: int, prompt: int, new: int, attention: str) -> dict:
 
 
 def kernels_ms(spans: dict[str, float], steps: int) -> dict[str, float]:
-    """Milliseconds a step by kernel, the longest first. Names lose XLA's counters; those below 0.3% are one, "others"."""
+    """Milliseconds a step by kernel, the longest first, without XLA's counters; those below 0.3% are one, "others"."""
     total = collections.defaultdict(float)
     for name, seconds in spans.items():
         total[re.sub(r"(_?\d+)+$", "", name)] += 1e3 * seconds / steps
