@@ -44,14 +44,16 @@ steps / N, from a fresh state whose pages are taken and whose cached contents ar
 call; the first run warms, median of the rest. Rows are those of all devices together; data=2 deals them to two shards.
 Serving: as in gpu_serving.py, one run after a warm-up of 8 steps; data=2 deals the requests, its rows and blocks are a
 shard's. With 256 requests a shard has half the rows, and as many steps that read all weights as one device has; with
-512 both have rows enough. psum: the collective of a layer alone: a loop of all-reduces of [rows, E] in the model's
-dtype over both devices, with nothing between them but a product by 1/2; time of the call / their number. us: as XLA
-does it, small ones by a kernel of its own; nccl_us: the same handed to NCCL (option HANDED). collectives: how many a
+512 both have rows enough. psum: the collective of a layer alone: all-reduces of [rows, E] in the model's dtype over
+both devices, 16 a turn of a loop, with nothing between them but a product by 1/2; time of the call / their number, and
+by the profiler, of one more call, that of the collective's kernels alone. us, kernel_us: as XLA does it, small ones by
+a kernel of its own; nccl_us, nccl_kernel_us: the same handed to NCCL (option HANDED). collectives: how many a
 decode step has, counted in the compiled text: two all-reduces a layer and the embedding's; the head's is a gather of 3
 numbers a row. kernels_ms, collectives_ms: a step of one more run, under the profiler, what a GPU spends in kernels and
 in those of the collectives, which also wait for the other GPU. times: one device's time / this time.
 """
 HANDED = {"xla_gpu_unsupported_use_all_reduce_one_shot_kernel": False}
+WAYS = {"": None, "nccl_": HANDED}  # options of the compiler, by what their keys begin with
 COLLECTIVES = r" (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
 COLLECTIVE_KERNELS = "nccl|psum|all_?(reduce|gather)"
 
@@ -65,6 +67,13 @@ def mesh_of(side: str) -> Mesh | None:
 def collectives(program: Compiled) -> dict[str, int]:
     """How many of each kind stand in the program; one in a loop counts once."""
     return dict(collections.Counter(re.findall(COLLECTIVES, program.as_text())))
+
+
+def traced(run: Callable[[], object]) -> tuple[float, float]:
+    """Seconds that a GPU spent in kernels, and in those of the collectives; zeros without one."""
+    spans = kernel_seconds(run)
+    ours = (span for name, span in spans.items() if re.search(COLLECTIVE_KERNELS, name.lower()))
+    return sum(spans.values()), sum(ours)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,9 +132,8 @@ class Decode:
     def traced(self, start: Compiled, program: Compiled) -> dict[str, float]:
         """Milliseconds a step that a GPU spends in kernels, and in those of the collectives; zeros without one."""
         state = jax.block_until_ready(start(self.model, *self.prompts))
-        spans = kernel_seconds(lambda: program(self.model, state))
-        collectives = sum(span for name, span in spans.items() if re.search(COLLECTIVE_KERNELS, name.lower()))
-        return {"kernels_ms": 1e3 * sum(spans.values()) / self.new, "collectives_ms": 1e3 * collectives / self.new}
+        total, collectives = traced(lambda: program(self.model, state))
+        return {"kernels_ms": 1e3 * total / self.new, "collectives_ms": 1e3 * collectives / self.new}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,7 +205,7 @@ def lower_psum(rows: int, width: int, dtype: str, count: int, options: dict | No
     mesh = mesh_of("model=2")
 
     def many(x, half):
-        return jax.lax.fori_loop(0, count, lambda _, x: jax.lax.psum(x * half, "model"), x)
+        return jax.lax.fori_loop(0, count, lambda _, x: jax.lax.psum(x * half, "model"), x, unroll=16)
 
     shapes = [
         jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
@@ -208,14 +216,15 @@ def lower_psum(rows: int, width: int, dtype: str, count: int, options: dict | No
 
 
 def psum_alone(program: Compiled, rows: int, width: int, dtype: str, count: int, repeats: int) -> dict:
-    """Microseconds of an all-reduce of [rows, width] over both devices, in a loop in one program."""
+    """Microseconds of an all-reduce of [rows, width] over both devices: by the clock, and of its kernels alone."""
     given = jnp.ones((rows, width), dtype), jnp.full((2, 1), 0.5, dtype)
     given, spans = jax.device_put(given, program.input_shardings[0]), []
     for _ in range(1 + repeats):
         began = time.perf_counter()
         jax.block_until_ready(program(*given))
         spans.append(1e6 * (time.perf_counter() - began) / count)
-    return record.summary(spans[1:])
+    _, kernels = traced(lambda: program(*given))
+    return {"us": record.summary(spans[1:]), "kernel_us": 1e6 * kernels / count}
 
 
 def task(line: dict) -> tuple[str, int]:
@@ -243,8 +252,9 @@ def table(lines: list[dict]) -> str:
     for line in lines:
         name = "{:8} {:8} {:>4}".format(line["side"], *task(line))
         if line["what"] == "psum":
-            us, nccl, size = line["us"]["median"], line["nccl_us"]["median"], line["bytes"]
-            text.append(f"{name} {us:10.1f} us for {size:,} bytes, {nccl:.1f} by NCCL")
+            xla, nccl = ((line[f"{way}us"]["median"], line[f"{way}kernel_us"]) for way in WAYS)
+            spent = "{:.1f} us ({:.1f} in kernels)"
+            text.append(f"{name} {spent.format(*xla)} for {line['bytes']:,} bytes, {spent.format(*nccl)} by NCCL")
             continue
         value = f"{line['ms_per_step']['median']:10.3f} ms" if line["what"] == "decode" else ""
         value = value or f"{line['output_tokens_per_s']:10,.0f} tokens/s"
@@ -282,11 +292,10 @@ def main() -> None:
     began, sides = time.perf_counter(), [side_of(name, options) for name in SIDES]
     lower = {key: make for side in sides for key, make in side.lower(options).items()}
     sums = {rows: (rows, CONFIGS[options.shapes].hidden_size, options.dtype) for rows, _ in options.rows}
-    ways = {"us": None, "nccl_us": HANDED}
     lower |= {
         ("psum", rows, way): functools.partial(lower_psum, *size, 8 * options.new, given)
         for rows, size in sums.items()
-        for way, given in ways.items()
+        for way, given in WAYS.items()
     }
     order = sorted(lower, key=lambda key: ("start" in key, "serving" not in key))  # what takes long goes first
     compiled = programs.side_by_side({key: lower[key] for key in order})
@@ -294,8 +303,10 @@ def main() -> None:
     lines = []
     for rows, size in sums.items():
         line = {"side": "model=2", "what": "psum", "rows": rows, "bytes": rows * size[1] * jnp.dtype(size[2]).itemsize}
-        done = {way: psum_alone(compiled["psum", rows, way], *size, 8 * options.new, options.repeats) for way in ways}
-        lines.append(line | done)
+        for way in WAYS:
+            done = psum_alone(compiled["psum", rows, way], *size, 8 * options.new, options.repeats)
+            line |= {way + key: value for key, value in done.items()}
+        lines.append(line)
     for side in sides:
         began = time.perf_counter()
         lines += side.measure(compiled, options.repeats)
