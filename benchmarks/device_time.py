@@ -22,7 +22,12 @@ def kernel_seconds(run: Callable[[], object]) -> dict[str, float]:
         planes = [p for p in jax.profiler.ProfileData.from_file(str(file)).planes if p.name.startswith("/device:GPU")]
         streams = [[line for line in plane.lines if line.name.startswith("Stream")] for plane in planes]
         events = [[(e.name, e.duration_ns / 1e9) for line in lines for e in line.events] for lines in streams]
-    spans, busy = collections.defaultdict(float), [gpu for gpu in events if gpu]
-    for name, seconds in (event for gpu in busy for event in gpu):
+    return mean_by_name(events)
+
+
+def mean_by_name(gpus: list[list[tuple[str, float]]]) -> dict[str, float]:
+    """Sums of (name, seconds) by name, a GPU's: the mean of those that have any."""
+    spans, busy = collections.defaultdict(float), [events for events in gpus if events]
+    for name, seconds in (event for events in busy for event in events):
         spans[name] += seconds / len(busy)
     return dict(spans)

@@ -2,6 +2,7 @@
 
 import argparse
 
+import jax
 import pytest
 
 from tests.paths import ROOT
@@ -37,3 +38,15 @@ def test_what_is_tiny_is_not_kept(record, capsys):
         parser.parse_args(["--tiny", "--save"])
     assert "--save: not allowed with argument --tiny" in capsys.readouterr().err
     assert parser.parse_args(["--save"]).tiny is False
+
+
+def test_kernels_are_added_up_by_name(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from device_time import kernel_seconds, mean_by_name
+    from gpu_decode import kernels_ms
+
+    assert mean_by_name([[("a", 1.0), ("b", 2.0), ("a", 3.0)], [("a", 2.0)], []]) == {"a": 3.0, "b": 1.0}
+    spans = {"gemm_fusion_dot_1": 1.0, "gemm_fusion_dot_22_0": 2.0, "nvjet_64x8_TNT": 0.5, "loop_3": 0.01}
+    assert kernels_ms(spans, 1000) == {"gemm_fusion_dot": 3.0, "nvjet_64x8_TNT": 0.5, "others": pytest.approx(0.01)}
+    if jax.default_backend() == "cpu":
+        assert kernel_seconds(lambda: jax.numpy.ones(3) + 1) == {}
