@@ -23,7 +23,7 @@ from paxattn.serving.loop import mixed_budget, most
 from paxattn.serving.policy import Policy, ranked
 from paxattn.serving.queue import NEVER, Queue, Times
 from paxattn.serving.service import Service, admit, choose, preempt, settle, wake
-from paxattn.serving.widths import prompt_widths, room
+from paxattn.serving.widths import prompt_widths
 from paxattn.sharing import Sharing, sharing
 from paxattn.typing import Array, Bool, Float32, Int32, struct
 
@@ -152,7 +152,7 @@ def simulate(
 
     def turn(old, _):
         service = admit(wake(old), order, jnp.float32(policy.watermark))
-        count, out = choose(service, rank, room(jnp.sum(service.view().pending), widths))
+        count, out = choose(service, rank, widths)
         service = preempt(service, out)
         new = _feed(service, count)
         return new, tracing.line(old, service, new, count, out)

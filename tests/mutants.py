@@ -100,7 +100,7 @@ MUTANTS = (
     Mutant("a request's number is not in its key", "paxattn/serving/chunk.py", "jax.random.fold_in(key, ticket[0])", "jax.random.fold_in(key, line[0])", ENGINE + "::test_without_a_key_a_request_samples_with_its_number"),
     Mutant("the penalty looks at another line", "paxattn/decoding/sampling.py", 'tokens if line is None else tokens[line]', 'tokens[: logits.shape[0]]', SERVING + "::test_the_oldest_request_is_never_preempted_and_moves_in_every_step"),
     Mutant("a narrow token axis drops rows", "paxattn/serving/widths.py", "jnp.sum(need <= jnp.array(widths))", "jnp.sum(need <= 2 * jnp.array(widths))", SERVING),
-    Mutant("a prompt takes the longest axis", "paxattn/serving/loop.py", "jnp.any(count > 1), shortest(fed, prompts)", "jnp.any(count > 1), 0", SERVING + "::test_the_width_of_the_token_axis_is_unobservable"),
+    Mutant("a prompt takes the longest axis", "paxattn/serving/loop.py", "jnp.any(count > 1), shortest(fed, mixed)", "jnp.any(count > 1), 0", SERVING + "::test_the_width_of_the_token_axis_is_unobservable"),
     Mutant("an axis is taken that is hardly used", "paxattn/serving/widths.py", "half_used = 2 * need > lengths[fits]", "half_used = need > 0", SERVING + "::test_an_axis_is_half_used_or_the_shortest"),
     Mutant("rows that pick get each other's tokens", "paxattn/decoding/step.py", ".at[of].set(x, mode=\"drop\"), found)", ".at[of - of[0]].set(x, mode=\"drop\"), found)", GENERATE),
     Mutant("a penalty alone counts as greedy", "paxattn/decoding/sampling.py", "numbers[0] <= 0 and numbers[1] == 1", "numbers[0] <= 0", SAMPLING),

@@ -25,7 +25,7 @@ from paxattn.serving import trace as tracing
 from paxattn.serving.policy import Policy, ranked
 from paxattn.serving.queue import Queue, Requests, Times, put
 from paxattn.serving.service import Service, admit, choose, preempt, settle, wake
-from paxattn.serving.widths import decode_widths, prompt_widths, room, shortest
+from paxattn.serving.widths import decode_widths, prompt_widths, shortest
 from paxattn.typing import Array, Float32, Int32, struct
 
 
@@ -183,15 +183,15 @@ def run(
         told = {"budget": tokens, "max_queries": most, "attention": attention, "shared": False}
         return lambda state, count: step(model, state, count=count, **told)
 
-    prompts, singles = prompt_widths(budget, service.line.size), decode_widths(service.line.size)
-    bodies = [*(feed(tokens, None) for tokens in prompts), *(feed(tokens, 1) for tokens in singles)]
+    mixed, plain = prompt_widths(budget, service.line.size), decode_widths(service.line.size)
+    bodies = [*(feed(tokens, None) for tokens in mixed), *(feed(tokens, 1) for tokens in plain)]
 
     def turn(old):
         service = admit(wake(old), order, watermark)
         gone = 0 if evict is None else jnp.sum(holes(service.cache.table), axis=1)
-        count, out = choose(service, rank, room(jnp.sum(service.view().pending), prompts), gone)
+        count, out = choose(service, rank, mixed, gone)
         service, fed = preempt(service, out), jnp.sum(count)
-        body = jnp.where(jnp.any(count > 1), shortest(fed, prompts), len(prompts) + shortest(fed, singles))
+        body = jnp.where(jnp.any(count > 1), shortest(fed, mixed), len(mixed) + shortest(fed, plain))
         state = jax.lax.switch(body, bodies, service.view(), count)
         new = settle(service, state if evict is None else evicted(state, evict))
         if not new.trace.size:

@@ -10,6 +10,7 @@ preemption and the end of a request copy no tokens, and a row is but a line's nu
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from paxattn.cache import Cache
 from paxattn.decoding.step import Finish, State, Stats, end_ids
 from paxattn.pages import PageTable, free
 from paxattn.serving.queue import NEVER, Queue
+from paxattn.serving.widths import room
 from paxattn.status import Status
 from paxattn.typing import Array, Bool, Float32, Int32, struct
 
@@ -124,13 +126,13 @@ def admit(service: Service, order: Int32[Array, "R"], watermark: Float32[Array, 
 
 
 def choose(
-    service: Service, rank: Int32[Array, "R"], budget: Int32[Array, ""] | int, gone: Int32[Array, "B"] | int = 0
+    service: Service, rank: Int32[Array, "R"], widths: Sequence[int], gone: Int32[Array, "B"] | int = 0
 ) -> tuple[Int32[Array, "B"], Bool[Array, "B"]]:
     """How many tokens each row feeds, and which rows have to go.
 
-    Decoding rows feed their one token, then prompts share what is left of the budget, in rank order. The rows
-    that stay are the longest prefix in rank order whose pages, after this step, fit into the pool; `gone` of a
-    row's pages were evicted, and hold no block.
+    Decoding rows feed their one token, then prompts share what is left of the token axis, in rank order; it is as long
+    as one of `widths`. The rows that stay are the longest prefix in rank order whose pages, after this step, fit into
+    the pool; `gone` of a row's pages were evicted, and hold no block.
     """
     table, pending = service.cache.table, service.view().pending
     rank = jnp.where(service.seated, rank[service.line], service.queue.size)
@@ -140,7 +142,7 @@ def choose(
         return jnp.sum(jnp.where(ahead, values, 0), axis=1)
 
     prompts = jnp.where(pending > 1, pending, 0)
-    singles = pending - prompts
+    singles, budget = pending - prompts, room(jnp.sum(pending), widths)
     count = singles + jnp.clip(budget - jnp.sum(singles) - before(prompts), 0, prompts)
     pages = table.pages_for(table.length + count) - gone
     stays = before(pages) + pages <= capacity(table) - jnp.sum(gone)

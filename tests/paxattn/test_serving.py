@@ -319,10 +319,10 @@ def test_decoding_rows_feed_first_then_prompts_in_order():
     service = enter(opened(3, 41), requests(), jnp.arange(LINES))
     table = dataclasses.replace(service.cache.table, length=jnp.array([1, 0, 0]))  # the prompt of 2 is nearly fed
     service = dataclasses.replace(service, line=jnp.array([8, 4, 3]), cache=pax.Cache(table, service.cache.layers))
-    count, out = choose(service, jnp.arange(LINES), 7)
+    count, out = choose(service, jnp.arange(LINES), [7])
     assert count.tolist() == [1, 0, 6]
     assert not out.any()
-    count, _ = choose(service, jnp.arange(LINES)[::-1], 60)
+    count, _ = choose(service, jnp.arange(LINES)[::-1], [60])
     assert count.tolist() == [1, 40, 17]
 
 
