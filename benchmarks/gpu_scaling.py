@@ -69,11 +69,10 @@ def collectives(program: Compiled) -> dict[str, int]:
     return dict(collections.Counter(re.findall(COLLECTIVES, program.as_text())))
 
 
-def traced(run: Callable[[], object]) -> tuple[float, float]:
+def kernel_times(run: Callable[[], object]) -> tuple[float, float]:
     """Seconds that a GPU spent in kernels, and in those of the collectives; zeros without one."""
     spans = kernel_seconds(run)
-    ours = (span for name, span in spans.items() if re.search(COLLECTIVE_KERNELS, name.lower()))
-    return sum(spans.values()), sum(ours)
+    return sum(spans.values()), sum(spans[name] for name in spans if re.search(COLLECTIVE_KERNELS, name.lower()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +131,7 @@ class Decode:
     def traced(self, start: Compiled, program: Compiled) -> dict[str, float]:
         """Milliseconds a step that a GPU spends in kernels, and in those of the collectives; zeros without one."""
         state = jax.block_until_ready(start(self.model, *self.prompts))
-        total, collectives = traced(lambda: program(self.model, state))
+        total, collectives = kernel_times(lambda: program(self.model, state))
         return {"kernels_ms": 1e3 * total / self.new, "collectives_ms": 1e3 * collectives / self.new}
 
 
@@ -223,7 +222,7 @@ def psum_alone(program: Compiled, rows: int, width: int, dtype: str, count: int,
         began = time.perf_counter()
         jax.block_until_ready(program(*given))
         spans.append(1e6 * (time.perf_counter() - began) / count)
-    _, kernels = traced(lambda: program(*given))
+    _, kernels = kernel_times(lambda: program(*given))
     return {"us": record.summary(spans[1:]), "kernel_us": 1e6 * kernels / count}
 
 
