@@ -41,7 +41,7 @@ class PrefillConfig:
     stages: int = 2  # KV tiles in flight
     query_stages: int = 2  # query tiles in flight; results leave through their shared memory
     programs: int | None = 132  # resident programs, one an SM; None: a program an item
-    compute_registers: int = 232  # a thread of the compute warpgroups: a multiple of 8
+    compute_registers: int = 240  # a thread of the compute warpgroups: a multiple of 8
 
     def __post_init__(self):
         _check_sizes(self)

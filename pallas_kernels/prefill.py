@@ -28,7 +28,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.config import PrefillConfig, prefill_config
 from pallas_kernels.layouts import require_layouts
 from pallas_kernels.prefill_compute import compute
-from pallas_kernels.prefill_memory import stream, stream_queries, stream_results
+from pallas_kernels.prefill_memory import stream_keys, stream_queries, stream_results, stream_values
 from pallas_kernels.prefill_plan import plan_tiles
 from pallas_kernels.prefill_walk import ROWS, Call, Refs
 
@@ -109,10 +109,8 @@ def _entry(call, *refs):
         tiled(stages, kv, call.head_dim),
         tiled(2, ROWS, kv) if call.interpret else None,
         barriers(2, query_stages),
-        barriers(copies, stages),
-        barriers(copies, stages),
+        barriers(2 * copies, stages),
         barriers(1, query_stages),
-        barriers(2, stages),
         barriers(2, stages),
         barriers(2, query_stages),
         barriers(1, 2),
@@ -130,8 +128,8 @@ def _body(call, refs: Refs):
         @plgpu.warp_map
         def _(warp):
             pl.when(warp == 0)(lambda: stream_queries(call, refs))
-            pl.when(warp == 1)(lambda: stream(call, refs, refs.k, refs.k_ring, refs.k_full, refs.k_free))
-            pl.when(warp == 2)(lambda: stream(call, refs, refs.v, refs.v_ring, refs.v_full, refs.v_free))
+            pl.when(warp == 1)(lambda: stream_keys(call, refs))
+            pl.when(warp == 2)(lambda: stream_values(call, refs))
             pl.when(warp == 3)(lambda: stream_results(call, refs))
 
     @pl.when(wg < 2)

@@ -4,12 +4,17 @@
     warpgroup 1              | P V, Q K' |  softmax  | P V, Q K' |     a turn ends when the products are issued
 
 The scores of tile j + 1 are multiplied together with the values of tile j, across items too, so that the tensor cores
-find the next product waiting.
+find the next product waiting. They arrive together too, on one barrier.
+
+A tensor core takes a product in small instructions and has room for few, so a warpgroup is held while it issues, then
+waits for the last, then exponentiates: its own chain of products, waits and softmax is what a tile costs, and whatever
+is not in it is free. The names of scopes are those of the timeline in benchmarks/gpu_timeline.py.
 """
 
 import functools
 import math
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -21,14 +26,21 @@ from pallas_kernels.prefill_walk import ROWS
 from pallas_kernels.store_rows import store_rows
 
 LOG2_E = math.log2(math.e)
+COLUMNS = 8  # of a tile of scores, which four threads hold together
 
 
 def compute(call, refs, wg) -> None:
     """All items of a program, for one of its two compute warpgroups."""
     pl.when(wg == 1)(lambda: _pass_turn(refs, wg))  # warpgroup 0 begins
-    nothing = plgpu.layout_cast(jnp.zeros((ROWS, call.config.kv_tile), jnp.float32), plgpu.Layout.WGMMA)
-    s = _first_scores(call, refs, wg, jnp.int32(0), jnp.int32(0), call.begins(refs)) if call.ahead else nothing
-    call.items(refs, functools.partial(_attend, call, refs, wg), (jnp.int32(0), s))
+    zero = jnp.int32(0)
+    s = plgpu.layout_cast(jnp.zeros((ROWS, call.config.kv_tile), jnp.float32), plgpu.Layout.WGMMA)
+    plgpu.barrier_wait(refs.kv_full.at[0])
+    if call.ahead:
+        s = _first_scores(call, refs, wg, zero, zero, call.begins(refs))
+        plgpu.barrier_arrive(refs.kv_free.at[0])
+    done, _ = call.items(refs, functools.partial(_attend, call, refs, wg), (zero, s))
+    if not call.ahead:
+        plgpu.barrier_arrive(refs.kv_free.at[call.slot(done)])
     pl.when(wg == 0)(lambda: _await_turn(refs, wg))
 
 
@@ -44,11 +56,7 @@ def _first_scores(call, refs, wg, i, done, there):
     """Products of an item's queries with its first KV tile, where there is one."""
     buffer, slot = call.buffer(i), call.slot(done)
 
-    @pl.when(there)
-    def _():
-        plgpu.barrier_wait(refs.q_full.at[buffer])
-        plgpu.barrier_wait(refs.k_full.at[slot])
-
+    pl.when(there)(lambda: plgpu.barrier_wait(refs.q_full.at[buffer]))
     _await_turn(refs, wg)
 
     def multiply(ref):
@@ -56,9 +64,7 @@ def _first_scores(call, refs, wg, i, done, there):
         _pass_turn(refs, wg)
         return ref[...]
 
-    s = pl.run_scoped(multiply, WGMMAAccumulatorRef((ROWS, call.config.kv_tile), jnp.float32))
-    pl.when(there)(lambda: plgpu.barrier_arrive(refs.k_free.at[slot]))
-    return s
+    return pl.run_scoped(multiply, WGMMAAccumulatorRef((ROWS, call.config.kv_tile), jnp.float32))
 
 
 def _attend(call, refs, wg, i, item, carry):
@@ -67,12 +73,12 @@ def _attend(call, refs, wg, i, item, carry):
     kv, buffer = jnp.int32(call.config.kv_tile), call.buffer(i)
     token, head, low, high = call.part(item, wg)
     position = item.position + token - item.token
-    # KV tiles before `edge` lie on the window's edge, those before `inner` are seen whole.
+    # KV tiles before `edge` lie on the window's edge, those before `inner` are seen whole and are not the last.
     edge = item.begin
     if call.sliding_window is not None:
         edge = lax.div(jnp.maximum(position + high - call.sliding_window, 0) + kv - 1, kv)
         edge = jnp.clip(edge, item.begin, item.end)
-    inner = jnp.clip(lax.div(position + low + 1, kv), edge, item.end)
+    inner = jnp.clip(lax.div(position + low + 1, kv), edge, jnp.maximum(item.end - 1, edge))
 
     @pl.when(item.begin == item.end)
     def _():
@@ -80,12 +86,12 @@ def _attend(call, refs, wg, i, item, carry):
 
     if not call.ahead:
         s = _first_scores(call, refs, wg, i, done, item.begin < item.end)
+        pl.when(item.begin < item.end)(lambda: plgpu.barrier_arrive(refs.kv_free.at[call.slot(done)]))
     step = functools.partial(_step, call, refs, wg, i, item, position, done - item.begin)
-    row = plgpu.Layout.WGMMA.reduce(1)
     carry = (
         plgpu.layout_cast(jnp.zeros((ROWS, call.head_dim), jnp.float32), plgpu.Layout.WGMMA),
-        plgpu.layout_cast(jnp.full((ROWS,), LOW, jnp.float32), row),
-        plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), row),
+        plgpu.layout_cast(jnp.full((ROWS,), LOW, jnp.float32), plgpu.Layout.WGMMA.reduce(1)),
+        plgpu.layout_cast(jnp.zeros((ROWS, COLUMNS), jnp.float32), plgpu.Layout.WGMMA),
         s,
     )
     end = item.end if call.ahead else jnp.maximum(item.end - 1, item.begin)
@@ -97,6 +103,7 @@ def _attend(call, refs, wg, i, item, carry):
     if not call.ahead:
         carry = lax.fori_loop(end, item.end, functools.partial(step, masked=True, last=True), carry)
     acc, top, total, s = carry
+    total = total.sum(axis=1)
 
     some = total != 0  # NaN stays: a sick row must show
     safe = jnp.where(some, total, 1.0)
@@ -123,27 +130,21 @@ def _step(call, refs, wg, i, item, position, before, j, carry, *, masked, last=F
     These are its weights times its values, and the scores of the next tile: of this item or of the next one.
     """
     acc, top, total, s = carry
-    slot, next_slot = call.slot(before + j), call.slot(before + j + 1)
-    start = j * call.config.kv_tile
-    acc, top, total, p = _softmax(call, acc, top, total, s, position, start, masked)
-    plgpu.barrier_wait(refs.v_full.at[slot])
+    slot, start = call.slot(before + j + 1), j * call.config.kv_tile
+    with jax.named_scope("softmax"):
+        acc, top, total, p = _softmax(call, acc, top, total, s, position, start, masked)
+    with jax.named_scope("tile"):
+        plgpu.barrier_wait(refs.kv_full.at[slot])
+    next_buffer = call.buffer(i)
     if masked:
         _clear(call, refs, wg, item, slot, start)
-
-    leaves = j + 1 == item.end
-    next_buffer = call.buffer(i + leaves.astype(jnp.int32))
-    more = False
-    if not last:
-        more = ~leaves | item.more if call.ahead else True
-
-    def await_next():
-        plgpu.barrier_wait(refs.k_full.at[next_slot])
-        pl.when(leaves)(lambda: plgpu.barrier_wait(refs.q_full.at[next_buffer]))
-
-    if not last:
-        pl.when(more)(await_next)
-    _await_turn(refs, wg)
-    queries, keys, values = refs.q_ring.at[next_buffer, wg], refs.k_ring.at[next_slot], refs.v_ring.at[slot]
+        if call.ahead:
+            leaves = j + 1 == item.end
+            next_buffer = call.buffer(i + leaves.astype(jnp.int32))
+            pl.when(leaves & item.more)(lambda: plgpu.barrier_wait(refs.q_full.at[next_buffer]))
+    with jax.named_scope("turn"):
+        _await_turn(refs, wg)
+    queries, keys, values = refs.q_ring.at[next_buffer, wg], refs.k_ring.at[slot], refs.v_ring.at[slot]
     if call.interpret:  # has no operands in registers
         refs.weights[wg] = p
         plgpu.commit_smem()
@@ -156,19 +157,20 @@ def _step(call, refs, wg, i, item, position, before, j, carry, *, masked, last=F
         if not last:
             plgpu.wgmma(s_ref, queries, keys.T)
         _pass_turn(refs, wg)
-        return acc_ref[...], s_ref[...]
+        with jax.named_scope("products"):
+            return acc_ref[...], s_ref[...]
 
     summed, s = pl.run_scoped(
         multiply, WGMMAAccumulatorRef(acc.shape, jnp.float32), WGMMAAccumulatorRef(s.shape, jnp.float32)
     )
     acc = acc + summed if call.interpret else summed
-    plgpu.barrier_arrive(refs.v_free.at[slot])
     if not last:
-        pl.when(more)(lambda: plgpu.barrier_arrive(refs.k_free.at[next_slot]))
+        plgpu.barrier_arrive(refs.kv_free.at[slot])
     return acc, top, total, s
 
 
 def _softmax(call, acc, top, total, s, position, start, masked):
+    """Online, in base 2: the old values scaled to the new maximum, and the weights of this tile."""
     factor = call.scale * LOG2_E
     if call.soft_cap is not None:
         s, factor = jnp.tanh(s * (call.scale / call.soft_cap)), call.soft_cap * LOG2_E
@@ -180,8 +182,16 @@ def _softmax(call, acc, top, total, s, position, start, masked):
     shrink = jnp.exp2(top - new_top)
     p = jnp.exp2(s * factor - lax.broadcast_in_dim(new_top, s.shape, [0]))
     acc = acc * lax.broadcast_in_dim(shrink, acc.shape, [0])
-    total = total * shrink + p.sum(axis=1)
+    total = total * lax.broadcast_in_dim(shrink, total.shape, [0]) + _fold(p)
     return lax.optimization_barrier((acc, new_top, total, p.astype(call.dtype)))
+
+
+def _fold(p):
+    """Sums of every eighth column: each thread's own, what threads have in common is added up after the last tile."""
+    parts = [p[:, c : c + COLUMNS] for c in range(0, p.shape[1], COLUMNS)]
+    while len(parts) > 1:
+        parts = [a + b for a, b in zip(parts[::2], parts[1::2], strict=True)]
+    return parts[0]
 
 
 def _seen(call, shape, position, start):

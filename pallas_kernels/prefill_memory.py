@@ -34,8 +34,29 @@ def stream_queries(call, refs) -> None:
     _drain(refs.q_free, call.items(refs, fetch, jnp.int32(0)), stages)
 
 
-def stream(call, refs, pool, ring, full, free) -> None:
-    """Copies the KV tiles of all items, page by page, as slots of the ring become free."""
+def stream_keys(call, refs) -> None:
+    """Copies the keys of all items: those of the n-th KV tile into slot n."""
+    done = _stream(call, refs, refs.k, refs.k_ring, jnp.int32(0))
+    _arrive(call, refs, done)  # beside the last values are no keys
+    _drain(refs.kv_free, done + 1, call.config.stages)
+
+
+def stream_values(call, refs) -> None:
+    """Copies the values of all items: those of the n-th KV tile into slot n + 1, beside the next one's keys."""
+    _arrive(call, refs, jnp.int32(0))  # beside the first keys are no values
+    done = _stream(call, refs, refs.v, refs.v_ring, jnp.int32(1))
+    _drain(refs.kv_free, done, call.config.stages)
+
+
+def _arrive(call, refs, done):
+    """Signals what copies into the next slot would, once it is free."""
+    slot = _free_slot(refs.kv_free, done, call.config.stages)
+    for _ in range(call.config.kv_tile // call.copy):
+        plgpu.barrier_arrive(refs.kv_full.at[slot])
+
+
+def _stream(call, refs, pool, ring, done):
+    """Copies KV tiles, page by page, as slots of the ring become free; returns what `done` counts then."""
     kv, stages, block_size = call.config.kv_tile, call.config.stages, jnp.int32(call.block_size)
     offsets = range(0, kv, call.copy)
 
@@ -49,16 +70,16 @@ def stream(call, refs, pool, ring, full, free) -> None:
         def one(j, carry):
             done, *ids = carry
             ahead = page_ids(item, j + 1)  # the table's latency is spent while the slot is still in use
-            slot = _free_slot(free, done, stages)
+            slot = _free_slot(refs.kv_free, done, stages)
             for o, page in zip(offsets, ids, strict=True):
                 at = 0 if kv % call.block_size == 0 else lax.rem(j * kv + o, block_size)
-                at = pl.ds(at, call.copy)
-                plgpu.copy_gmem_to_smem(pool.at[page, kv_head, at], ring.at[slot, pl.ds(o, call.copy)], full.at[slot])
+                to = ring.at[slot, pl.ds(o, call.copy)]
+                plgpu.copy_gmem_to_smem(pool.at[page, kv_head, pl.ds(at, call.copy)], to, refs.kv_full.at[slot])
             return done + 1, *ahead
 
         return lax.fori_loop(item.begin, item.end, one, (done, *page_ids(item, item.begin)))[0]
 
-    _drain(free, call.items(refs, fetch, jnp.int32(0)), stages)
+    return call.items(refs, fetch, done)
 
 
 def stream_results(call, refs) -> None:

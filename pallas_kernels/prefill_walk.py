@@ -54,11 +54,9 @@ class Refs(NamedTuple):
     v_ring: jax.Array
     weights: jax.Array | None
     q_full: jax.Array
-    k_full: jax.Array
-    v_full: jax.Array
+    kv_full: jax.Array
     q_free: jax.Array
-    k_free: jax.Array
-    v_free: jax.Array
+    kv_free: jax.Array
     o_full: jax.Array
     turn: jax.Array
 
@@ -102,11 +100,11 @@ class Call:
 
     def buffer(self, i):
         """Where the i-th item's queries are."""
-        return lax.rem(i, jnp.int32(self.config.query_stages))
+        return lax.rem(i.astype(jnp.uint32), jnp.uint32(self.config.query_stages)).astype(jnp.int32)
 
-    def slot(self, done):
-        """Where a KV tile is before which `done` were."""
-        return lax.rem(done, jnp.int32(self.config.stages))
+    def slot(self, n):
+        """Where the keys of a program's n-th KV tile are, and the values of the one before it."""
+        return lax.rem(n.astype(jnp.uint32), jnp.uint32(self.config.stages)).astype(jnp.int32)
 
     def part(self, item, wg):
         """A warpgroup's share of an item: its first token, its head, and its rows from, to."""

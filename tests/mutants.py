@@ -26,6 +26,7 @@ ATTENTION, SAMPLING = "tests/pallas_kernels/test_paged_attention.py", "tests/pax
 SPECULATIVE = "tests/paxattn/test_speculative.py"
 SMALL = "tests/pallas_kernels/test_small_kernels.py"
 BODY = "tests/pallas_kernels/test_mosaic.py::test_the_real_body_interpreted"
+PREFILL = "tests/pallas_kernels/test_mosaic_prefill.py"
 VERDICT = "tests/paxattn/test_speculative_sampling.py"
 SIMULATE, EVICTION, ABLATE = (f"tests/paxattn/test_{name}.py" for name in ("simulate", "eviction", "ablate"))
 
@@ -161,6 +162,10 @@ MUTANTS = (
     Mutant("an item costs no more than its tiles", "pallas_kernels/schedule.py", "jnp.maximum(count + item_tiles, 1)", "jnp.maximum(count, 1)", "tests/pallas_kernels/test_schedule.py"),
     Mutant("a copy is a size too small", "pallas_kernels/decode_memory.py", "(live <= size)", "(live <= size + 8)", BODY),
     Mutant("queries of a decode tile come as they are", "pallas_kernels/decode.py", "if interpret or used > 8 else", "if interpret else", "tests/pallas_kernels/test_mosaic.py::test_lowers_for_an_h100"),
+    Mutant("the signal beside the last values comes early", "pallas_kernels/prefill_memory.py", "_free_slot(refs.kv_free, done, call.config.stages)", "call.slot(done)", PREFILL + "::test_whichever_copies_are_late"),
+    Mutant("prefill multiplies values that are nobody's", "pallas_kernels/prefill_compute.py", "pl.when((wg == 0) & (", "pl.when((wg == 2) & (", PREFILL + "::test_equals_the_reference"),
+    Mutant("prefill: a thread's part of a sum keeps its old scale", "pallas_kernels/prefill_compute.py", "total * lax.broadcast_in_dim(shrink, total.shape, [0]) + _fold(p)", "total + _fold(p)", PREFILL + "::test_equals_the_reference"),
+    Mutant("prefill: a tile of the diagonal is seen whole", "pallas_kernels/prefill_compute.py", "lax.div(position + low + 1, kv)", "lax.div(position + high + kv, kv)", PREFILL + "::test_equals_the_reference"),
     Mutant("ablate: another config is the same model", "paxattn/ablation/fingerprint.py", "[repr(config), ", "[", ABLATE + "::test_a_config_that_changes_no_array_is_another_model"),
     Mutant("ablate: a model's own config does not count", "paxattn/ablation/fingerprint.py", 'repr(getattr(model, "config", None))', '""', ABLATE + "::test_a_config_outside_the_tree_counts"),
     Mutant("ablate: a model's structure does not count", "paxattn/ablation/fingerprint.py", "str(tree), ", "", ABLATE + "::test_subjects_are_told_apart"),

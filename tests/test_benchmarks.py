@@ -40,6 +40,21 @@ def test_what_is_tiny_is_not_kept(record, capsys):
     assert parser.parse_args(["--save"]).tiny is False
 
 
+def test_a_timeline_is_read_by_scopes(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from gpu_timeline import phases, tracks
+
+    def tile(at):
+        spans = ("softmax", 0, 9), ("tile", 10, 11), ("turn", 12, 14), ("products", 24, 30)
+        return [(ph, name, at + t) for name, *ends in spans for ph, t in zip("BE", ends, strict=True)]
+
+    events = [(1, *e) for at in (0, 40, 90, 130) for e in tile(at)] + [(2, "B", "Init", 0), (2, "E", "Init", 5)]
+    found = tracks([{"pid": 7, "tid": tid, "ph": ph, "name": name, "ts": t / 1e3} for tid, ph, name, t in events])
+    assert len(found) == 1
+    expected = {"softmax": 9, "tile wait": 1, "turn": 2, "products": 6, "issue": 10, "tile": 40}
+    assert phases(found) == {name: pytest.approx(t) for name, t in expected.items()}
+
+
 def test_kernels_are_added_up_by_name(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     from device_time import kernel_seconds, mean_by_name

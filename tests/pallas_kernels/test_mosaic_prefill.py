@@ -1,6 +1,7 @@
 """The prefill kernel without a GPU: its body interpreted, with race detection, and lowered for an H100."""
 
 import functools
+import time
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
-from pallas_kernels import prefill, reference
+from pallas_kernels import prefill, prefill_memory, reference
 from pallas_kernels.cases import Case, make
 from pallas_kernels.config import PrefillConfig
 from pallas_kernels.prefill_plan import plan_tiles
@@ -52,6 +53,32 @@ def test_equals_the_reference(case, config):
     assert error(lse[fed], want_lse[fed]) < 1e-5
     short = jax.jit(attention(reference, case))(*arrays._replace(length=arrays.length - 1))[0]
     assert error(np.nan_to_num(short), want_out) > 5e-2, "the tolerance must reject results of one token less"
+
+
+@on_cpu
+@pytest.mark.parametrize("late", ["stream_queries", "stream_keys", "stream_values"])
+def test_whichever_copies_are_late(late, monkeypatch):
+    whole, free_slot = getattr(prefill, late), prefill_memory._free_slot
+
+    def slept(slot):
+        time.sleep(0.05)
+        return slot
+
+    def slow_slot(*args):
+        return jax.pure_callback(slept, jax.ShapeDtypeStruct((), jnp.int32), free_slot(*args))
+
+    def slow(call, refs):
+        with monkeypatch.context() as patch:
+            patch.setattr(prefill_memory, "_free_slot", slow_slot)
+            return whole(call, refs)
+
+    case = Case((260, 330), (4, 6), heads=2, kv_heads=1, head_dim=64, block_size=16)
+    arrays = make(case, dtype=jnp.bfloat16)
+    monkeypatch.setattr(prefill, late, slow)
+    monkeypatch.setattr(prefill, "paged_attention", prefill.paged_attention.__wrapped__)  # not what was traced before
+    config = PrefillConfig(kv_tile=64, programs=1)
+    out, _ = jax.jit(attention(prefill, case, config=config, interpret=RACES))(*arrays)
+    assert error(out, jax.jit(attention(reference, case))(*arrays)[0]) < 5e-3
 
 
 def lower(num_tokens=1000, heads=8, kv_heads=2, head_dim=128, block_size=16, dtype=jnp.bfloat16, **options):
