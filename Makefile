@@ -10,10 +10,11 @@ DEMO   = generate "The capital of France is" "Once upon a time" "Water boils at"
          --no-chat --max-new-tokens 48 --show-pages
 PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 BENCH_ARGS  ?=
+CASES       ?=
 GPU_PYTHON  ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench gpu docs notebooks mutants clean
+.PHONY: help demo test check bench gpu assemble docs notebooks mutants clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -32,6 +33,9 @@ check: $(STAMP)  ## Lint, formatting, types, direction of imports
 
 bench: $(STAMP)  ## Compare with Hugging Face transformers on this CPU (needs room for PyTorch, about 1 GB)
 	$(BIN)/python benchmarks/cpu_decode.py $(BENCH_ARGS)
+
+assemble: $(VENV)/.installed-assembler  ## Compile the kernels for an H100 without one: registers, spills
+	PYTHONPATH=$(VENV)/cuda $(BIN)/python -m pallas_kernels.assemble $(CASES)
 
 docs: $(STAMP)  ## Build the documentation site into docs/_build/html; a warning is an error
 	$(BIN)/python -m sphinx -W --keep-going -q -c docs . docs/_build/html
@@ -82,6 +86,13 @@ $(STAMP): pyproject.toml
 
 $(VENV)/.installed-cuda: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$(EXTRAS),cuda13]'
+	@touch $@
+
+# Beside the packages, not among them: with the plugin installed, each start of JAX looks for a GPU and says there is none.
+$(VENV)/.installed-assembler: $(STAMP)
+	version=$$($(BIN)/python -c 'import jaxlib; print(jaxlib.__version__)') && \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)/cuda \
+	  jax-cuda13-plugin==$$version jax-cuda13-pjrt==$$version
 	@touch $@
 
 $(VENV)/.installed-notebooks: $(STAMP)

@@ -166,6 +166,7 @@ MUTANTS = (
     Mutant("prefill multiplies values that are nobody's", "pallas_kernels/prefill_compute.py", "pl.when((wg == 0) & (", "pl.when((wg == 2) & (", PREFILL + "::test_equals_the_reference"),
     Mutant("prefill: a thread's part of a sum keeps its old scale", "pallas_kernels/prefill_compute.py", "total * lax.broadcast_in_dim(shrink, total.shape, [0]) + _fold(p)", "total + _fold(p)", PREFILL + "::test_equals_the_reference"),
     Mutant("prefill: a tile of the diagonal is seen whole", "pallas_kernels/prefill_compute.py", "lax.div(position + low + 1, kv)", "lax.div(position + high + kv, kv)", PREFILL + "::test_equals_the_reference"),
+    Mutant("assemble: serialized products are not seen", "pallas_kernels/assemble.py", "(case, kernel) in serial", "False", "tests/pallas_kernels/test_assemble.py"),
     Mutant("ablate: another config is the same model", "paxattn/ablation/fingerprint.py", "[repr(config), ", "[", ABLATE + "::test_a_config_that_changes_no_array_is_another_model"),
     Mutant("ablate: a model's own config does not count", "paxattn/ablation/fingerprint.py", 'repr(getattr(model, "config", None))', '""', ABLATE + "::test_a_config_outside_the_tree_counts"),
     Mutant("ablate: a model's structure does not count", "paxattn/ablation/fingerprint.py", "str(tree), ", "", ABLATE + "::test_subjects_are_told_apart"),
