@@ -102,9 +102,7 @@ def _lower(case: Case, device) -> jax.stages.Lowered:
     arrays = make(case)
     dtypes = [jnp.bfloat16 if a.ndim > 2 else a.dtype for a in arrays]
     shapes = [jax.ShapeDtypeStruct(a.shape, d, sharding=place) for a, d in zip(arrays, dtypes, strict=True)]
-    scale = case.head_dim**-0.5 if case.scale is None else case.scale
-    options = {**case.options, "scale": scale, "max_queries": case.max_queries}
-    return jax.jit(functools.partial(mosaic.run, **options)).lower(*shapes)
+    return jax.jit(functools.partial(mosaic.run, **case.all_options)).lower(*shapes)
 
 
 def read(text: str) -> list[Assembled]:

@@ -39,6 +39,12 @@ class Case:
         """Keyword arguments of the call."""
         return {"sliding_window": self.sliding_window, "soft_cap": self.soft_cap, "scale": self.scale}
 
+    @property
+    def all_options(self) -> dict:
+        """Keyword arguments with the hint, and nothing left to a default."""
+        scale = self.head_dim**-0.5 if self.scale is None else self.scale
+        return {**self.options, "scale": scale, "max_queries": self.max_queries}
+
 
 class Arrays(NamedTuple):
     """Positional arguments of `paged_attention`, NumPy."""

@@ -11,7 +11,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.prefill_walk import ROWS
+from pallas_kernels.prefill_walk import ROWS, ring
 
 
 def multiple(x, factor: int):
@@ -106,7 +106,7 @@ def stream_results(call, refs) -> None:
 
 def _free_slot(free, done, stages):
     """The ring's next slot, waited for where it was used before."""
-    slot = lax.rem(done, jnp.int32(stages))
+    slot = ring(done, stages)
 
     @pl.when(done >= stages)
     def _():
@@ -121,4 +121,4 @@ def _drain(free, done, stages):
 
         @pl.when(done > back)
         def _(back=back):
-            plgpu.barrier_wait(free.at[lax.rem(done - 1 - back, jnp.int32(stages))])
+            plgpu.barrier_wait(free.at[ring(done - 1 - back, stages)])

@@ -22,6 +22,11 @@ ROWS = 64
 """Queries a warpgroup holds: the rows of its matrix products."""
 
 
+def ring(n, size: int):
+    """The n-th place of a ring; without a sign, which would cost instructions of its own."""
+    return lax.rem(n.astype(jnp.uint32), jnp.uint32(size)).astype(jnp.int32)
+
+
 class Item(NamedTuple):
     """One work item: scalars of the plan, and the heads that it is about."""
 
@@ -100,11 +105,11 @@ class Call:
 
     def buffer(self, i):
         """Where the i-th item's queries are."""
-        return lax.rem(i.astype(jnp.uint32), jnp.uint32(self.config.query_stages)).astype(jnp.int32)
+        return ring(i, self.config.query_stages)
 
     def slot(self, n):
         """Where the keys of a program's n-th KV tile are, and the values of the one before it."""
-        return lax.rem(n.astype(jnp.uint32), jnp.uint32(self.config.stages)).astype(jnp.int32)
+        return ring(n, self.config.stages)
 
     def part(self, item, wg):
         """A warpgroup's share of an item: its first token, its head, and its rows from, to."""

@@ -58,10 +58,7 @@ def few_programs(monkeypatch):
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # NaN is multiplied, and masked
 def test_the_real_body_interpreted(case):
     arrays = arrays_of(case)
-    scale = case.head_dim**-0.5 if case.scale is None else case.scale
-    out, lse = mosaic.run(
-        *map(jnp.asarray, arrays), max_queries=case.max_queries, interpret=RACES, **{**case.options, "scale": scale}
-    )
+    out, lse = mosaic.run(*map(jnp.asarray, arrays), interpret=RACES, **case.all_options)
     check(case, arrays, out, lse)
 
 
@@ -107,9 +104,7 @@ def test_the_tolerance_rejects():
 def lowered(case, dtype=jnp.bfloat16, **more):
     """The call as a program for an H100, made without one."""
     arrays = [jax.ShapeDtypeStruct(a.shape, dtype if a.ndim > 2 else a.dtype) for a in arrays_of(case)]
-    scale = case.head_dim**-0.5 if case.scale is None else case.scale
-    options = {**case.options, "scale": scale, "max_queries": case.max_queries} | more
-    call = jax.jit(functools.partial(mosaic.run, **options))
+    call = jax.jit(functools.partial(mosaic.run, **case.all_options | more))
     h100 = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", platform="gpu", num_cores=None)
     with use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=h100)):
         return call.trace(*arrays).lower(lowering_platforms=("cuda",))

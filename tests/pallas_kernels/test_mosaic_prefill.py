@@ -61,7 +61,7 @@ def test_whichever_copies_are_late(late, monkeypatch):
     whole, free_slot = getattr(prefill, late), prefill_memory._free_slot
 
     def slept(slot):
-        time.sleep(0.05)
+        time.sleep(0.2)  # longer than the interpreter takes to reach a wait, on a busy machine too
         return slot
 
     def slow_slot(*args):
