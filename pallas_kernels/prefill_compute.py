@@ -190,7 +190,8 @@ def _fold(p):
     """Sums of every eighth column: each thread's own, what threads have in common is added up after the last tile."""
     parts = [p[:, c : c + COLUMNS] for c in range(0, p.shape[1], COLUMNS)]
     while len(parts) > 1:
-        parts = [a + b for a, b in zip(parts[::2], parts[1::2], strict=True)]
+        pairs = [a + b for a, b in zip(parts[::2], parts[1::2], strict=False)]
+        parts = pairs + parts[2 * len(pairs) :]
     return parts[0]
 
 

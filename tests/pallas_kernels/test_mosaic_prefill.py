@@ -106,6 +106,7 @@ LOWERED = {
     "window and soft cap": {"sliding_window": 100, "soft_cap": 30.0},
     "one head a KV head": {"heads": 2},
     "small tiles": {"config": PrefillConfig(kv_tile=64, stages=4)},
+    "tiles of 192": {"config": PrefillConfig(kv_tile=192, stages=1)},
     "a program an item": {"config": PrefillConfig(programs=None)},
 }
 
