@@ -133,13 +133,13 @@ def compile_all(cases: list[Case], size: int, attention: str) -> dict[Case, list
         return dict(zip(cases, pool.map(compiled, cases), strict=True))
 
 
-def measure(case: Case, programs: list, pools: list, repeats: int) -> dict:
-    """One row of a result: milliseconds, GB/s or TFLOP/s, and the samples in seconds."""
+def arguments(case: Case, pools: list) -> tuple:
+    """What `program` is given: queries, K and V pool, random page tables, lengths, where queries begin."""
     shapes = case.shapes(pools[0].size)
     rng, num_tables, (rows, pages) = np.random.default_rng(0), len(shapes[3]), shapes[3][0].shape
     blocks = shapes[1].shape[0]
     tables = [rng.permutation(blocks)[: rows * pages].reshape(rows, pages) for _ in range(num_tables)]
-    given = (
+    return (
         jax.random.normal(jax.random.key(3), shapes[0].shape, jnp.bfloat16),
         *(pool.reshape(shapes[1].shape) for pool in pools),
         tuple(jnp.asarray(table, jnp.int32) for table in tables),  # apart: a slice of few ids is a kernel of its own
@@ -147,13 +147,18 @@ def measure(case: Case, programs: list, pools: list, repeats: int) -> dict:
         jnp.arange(case.rows + 1, dtype=jnp.int32) * case.queries,
     )
 
+
+def measure(case: Case, programs: list, pools: list, repeats: int) -> dict:
+    """One row of a result: milliseconds, GB/s or TFLOP/s, and the samples in seconds."""
+    given = arguments(case, pools)
+
     def seconds(program):
         began = time.perf_counter()
         jax.block_until_ready(program(*given))
         return time.perf_counter() - began
 
     def sample():
-        return (seconds(programs[1]) - seconds(programs[0])) / (num_tables * (case.loops[1] - case.loops[0]))
+        return (seconds(programs[1]) - seconds(programs[0])) / (TABLES[case.kind] * (case.loops[1] - case.loops[0]))
 
     for one in programs:
         seconds(one)

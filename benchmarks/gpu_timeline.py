@@ -20,9 +20,8 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import record
-from gpu_kernels import HEADS, KV_HEADS, Case
+from gpu_kernels import KV_HEADS, Case, arguments
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import paged_attention
@@ -38,16 +37,12 @@ the distance of two tiles. Reading the clock keeps the compiler from moving work
 longer than an untraced one. tensor_cores: what both warpgroups' products of a tile need, 4 D 128 128 / 4096."""
 
 
-def inputs(case: Case):
-    """Of one call, in random pages."""
-    pages = -(-case.context // case.block)
-    pool = (2 * pages, KV_HEADS, case.block, case.head_dim)
-    shapes = (case.context, HEADS, case.head_dim), pool, pool
-    keys = jax.random.split(jax.random.key(0), 3)
-    q, k, v = (jax.random.normal(key, shape, jnp.bfloat16) for key, shape in zip(keys, shapes, strict=True))
-    table = np.random.default_rng(0).permutation(2 * pages)[None, :pages]
-    ints = functools.partial(jnp.asarray, dtype=jnp.int32)
-    return q, k, v, ints(table), ints([case.context]), ints([0, case.context])
+def inputs(case: Case) -> tuple:
+    """Of one call, in random pages of pools twice as large."""
+    size = 2 * case.rows * case.context * KV_HEADS * case.head_dim
+    pools = [jax.random.normal(jax.random.key(seed), (size,), jnp.bfloat16) for seed in (1, 2)]
+    q, k, v, (table, *_), length, start = arguments(case, pools)
+    return q, k, v, table, length, start
 
 
 def sustained(case: Case, given, seconds: float) -> dict:

@@ -64,14 +64,14 @@ class Assembled:
 
 
 class AssemblerError(RuntimeError):
-    """JAX's CUDA plugin is not installed, or of another version."""
+    """JAX has no plugin of its version to compile for CUDA, or a kernel does not compile."""
 
 
 def assemble(names: list[str] | None = None) -> list[Assembled]:
     """Each kernel of these cases of `HOPPER_CASES`, or of all.
 
     Raises:
-      AssemblerError: JAX has no plugin to compile for CUDA; the message says what to install.
+      AssemblerError: JAX has no plugin to compile for CUDA, and the message says what to install; or a case fails.
       KeyError: there is no such case.
     """
     names = list(HOPPER_CASES) if names is None else names
@@ -81,12 +81,20 @@ def assemble(names: list[str] | None = None) -> list[Assembled]:
     child = [sys.executable, "-c", f"from pallas_kernels import assemble; assemble.compile_all({names!r})"]
     run = subprocess.run(child, env=os.environ | told, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if run.returncode:
-        version = metadata.version("jaxlib")
-        raise AssemblerError(
-            f"JAX compiles for no H100 here: {run.stdout.strip().splitlines()[-1]}. It needs its CUDA plugin: "
-            f"pip install --no-deps jax-cuda13-plugin=={version} jax-cuda13-pjrt=={version}, or `make assemble`."
-        )
+        raise problem(run.stdout)
     return read(run.stdout)
+
+
+def problem(text: str) -> AssemblerError:
+    """Why the process that compiles ended: before the first case for want of a plugin, later for a case's own sake."""
+    said = text.strip().splitlines()
+    if cases := [line.removeprefix("case ") for line in said if line.startswith("case ")]:
+        return AssemblerError("\n".join([f"case {cases[-1]} does not compile for an H100:", *said[-20:]]))
+    version = metadata.version("jaxlib")
+    return AssemblerError(
+        f"JAX compiles for no H100 here: {said[-1] if said else 'it was ended'}. It needs its CUDA plugin: "
+        f"pip install --no-deps jax-cuda13-plugin=={version} jax-cuda13-pjrt=={version}, or `make assemble`."
+    )
 
 
 def compile_all(names: list[str]) -> None:

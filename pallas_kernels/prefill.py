@@ -1,4 +1,4 @@
-"""Paged attention for many queries a row, on Hopper: the tensor cores never wait for a softmax.
+"""Paged attention for many queries a row, on Hopper: one warpgroup multiplies while another exponentiates.
 
     SM  +---------------------------------------------------------------------------+
         | memory warpgroup       warps: queries in, keys in, values in, results out |
@@ -8,9 +8,10 @@
         +---------------------------------------------------------------------------+
 
 A warpgroup holds 64 queries of one head; the two take two heads of one KV head (64 queries more where the group is
-odd), so both read the same keys and values. They take turns: one multiplies while the other one exponentiates. Work
-items, (query tile, heads), are dealt heaviest first to one resident program an SM, so that the next item's loads
-run under the last one's products. Dao et al. 2022 (tiling), Shah et al. 2024 (warp specialisation, turns).
+odd), so both read the same keys and values, which come as their products are issued: values with the next tile's keys.
+They take turns. Work items, (query tile, heads), are dealt heaviest first to one resident program an SM, so that the
+next item's loads run under the last one's products. Dao et al. 2022 (tiling), Shah et al. 2024 (warp specialisation,
+turns).
 
 Query tiles start at multiples of 8 of the token axis: TMA then reads and writes the packed tokens where they are, and
 nothing is gathered, padded or copied around the kernel. Rows of a tile that belong to a neighbour are computed and

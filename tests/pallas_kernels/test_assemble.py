@@ -4,7 +4,7 @@ import importlib.util
 
 import pytest
 
-from pallas_kernels.assemble import Assembled, AssemblerError, assemble, read
+from pallas_kernels.assemble import Assembled, AssemblerError, assemble, problem, read
 
 PLUGIN = any(importlib.util.find_spec(name) for name in ("jax_cuda13_plugin", "jax_cuda12_plugin"))
 SAID = """
@@ -36,6 +36,12 @@ def test_what_it_says_is_read_kernel_by_kernel():
 def test_unknown_cases_are_refused():
     with pytest.raises(KeyError, match=r"no case nothing; there are decode, "):
         assemble(["nothing"])
+
+
+def test_a_case_that_fails_is_named():
+    assert "case verify does not compile for an H100:" in str(problem(SAID + "ValueError: shared memory is full\n"))
+    assert "shared memory is full" in str(problem(SAID + "ValueError: shared memory is full\n"))
+    assert "It needs its CUDA plugin" in str(problem("RuntimeError: no topology\n"))
 
 
 @pytest.mark.skipif(PLUGIN, reason="JAX has its CUDA plugin here")
