@@ -2,7 +2,7 @@
 
     lengths  tokens each row holds, its queries included      counts  queries of each row (0: idle)
 
-`make` draws the arrays of a case: pages at random, NaN in every slot that no row holds.
+`make` draws the arrays of a case: pages at random, NaN in every slot that no row holds or that lies behind its window.
 """
 
 import dataclasses
@@ -127,7 +127,7 @@ TINY_CASES = {  # small enough to run the kernels' bodies in an interpreter
 
 
 def make(case: Case, seed: int = 0, dtype=np.float32) -> Arrays:
-    """The arrays of a case; block names are random, block 0 and every slot that no row holds are NaN."""
+    """The arrays of a case; block names are random, block 0 and every slot that no query may see are NaN."""
     rng = np.random.default_rng(seed)
     rows, size = len(case.lengths), case.block_size
     pages_of = [-(-n // size) for n in case.lengths]
@@ -140,8 +140,9 @@ def make(case: Case, seed: int = 0, dtype=np.float32) -> Arrays:
         pages = np.where(cells, pages[:1], 0)
 
     held = np.zeros((num_blocks, size), bool)
-    for row, length in enumerate(case.lengths):
-        at = np.arange(length)
+    for row, (length, count) in enumerate(zip(case.lengths, case.counts, strict=True)):
+        behind = 0 if case.sliding_window is None else max(length - count - case.sliding_window + 1, 0)
+        at = np.arange(behind, length)
         held[pages[row, at // size], at % size] = True
     shape = (num_blocks, case.kv_heads, size, case.head_dim)
 

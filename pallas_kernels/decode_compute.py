@@ -16,6 +16,7 @@ from jax.experimental.pallas.mosaic_gpu import WGMMAAccumulatorRef
 
 from pallas_kernels.decode_walk import ROWS, Call, Item, Refs
 from pallas_kernels.merge import LOW
+from pallas_kernels.zero_dead import zero_dead
 
 WGMMA = plgpu.Layout.WGMMA
 LOG2_E = math.log2(math.e)
@@ -85,7 +86,8 @@ def _look(call: Call, refs: Refs, lane, buffer, begin, first, last, before, j, c
     acc = acc * lax.broadcast_in_dim(shrink, acc.shape, [0])
     plgpu.barrier_wait(refs.full.v.at[slot])
     if masked:
-        _zero_unseen(call, refs.v_ring.at[slot], start, first, last)
+        dead_to = 0 if call.sliding_window is None else first - call.sliding_window + 1
+        zero_dead(refs.v_ring.at[slot], start, dead_to, last + 1)
     acc = _weigh(call, refs, lane, acc, p.astype(call.dtype), refs.v_ring.at[slot])
     plgpu.barrier_arrive(refs.free.v.at[slot])
     return acc, new_high, total
@@ -118,17 +120,6 @@ def _seen(call: Call, shape, start, first, last):
         position = jnp.minimum(first + lax.rem(row, jnp.int32(call.tile_size)), last)
     seen = at <= position
     return seen if call.sliding_window is None else seen & (at > position - call.sliding_window)
-
-
-def _zero_unseen(call: Call, values, start, first, last) -> None:
-    """0 * NaN is NaN: rows of a V tile that no query sees are zeroed in shared memory."""
-    token = plgpu.broadcasted_iota(jnp.int32, values.shape, 0, layout=WGMMA) + start
-    live = token <= last
-    if call.sliding_window is not None:
-        live &= token > first - call.sliding_window
-    v = plgpu.layout_cast(values[...], WGMMA)
-    values[...] = jnp.where(live, v, jnp.zeros_like(v))
-    plgpu.commit_smem()
 
 
 def _store(call: Call, refs: Refs, lane, i, item: Item, whole, acc, lse) -> None:

@@ -24,6 +24,7 @@ from jax.experimental.pallas.mosaic_gpu import WGMMAAccumulatorRef
 from pallas_kernels.merge import LOW
 from pallas_kernels.prefill_walk import ROWS
 from pallas_kernels.store_rows import store_rows
+from pallas_kernels.zero_dead import zero_dead
 
 LOG2_E = math.log2(math.e)
 COLUMNS = 8  # of a tile of scores, which four threads hold together
@@ -137,7 +138,8 @@ def _step(call, refs, wg, i, item, position, before, j, carry, *, masked, last=F
         plgpu.barrier_wait(refs.kv_full.at[slot])
     next_buffer = call.buffer(i)
     if masked:
-        _clear(call, refs, wg, item, slot, start)
+        # Warpgroup 0 does it for both, before its turn.
+        zero_dead(refs.v_ring.at[slot], start, item.dead_to, item.dead_from, mine=wg == 0)
         if call.ahead:
             leaves = j + 1 == item.end
             next_buffer = call.buffer(i + leaves.astype(jnp.int32))
@@ -200,19 +202,3 @@ def _seen(call, shape, position, start):
     query = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA) + position
     seen = at <= query
     return seen if call.sliding_window is None else seen & (at > query - call.sliding_window)
-
-
-def _clear(call, refs, wg, item, slot, start):
-    """Zeroes the values that are nobody's: 0 * NaN is NaN. Warpgroup 0 does it for both, before its turn."""
-    kv, values = call.config.kv_tile, refs.v_ring.at[slot]
-
-    @pl.when((wg == 0) & ((start + kv > item.dead_from) | (start < item.dead_to)))
-    def _():
-        for r in range(0, kv, 64):
-            for c in range(0, call.head_dim, 64):
-                part = values.at[pl.ds(r, 64), pl.ds(c, 64)]
-                at = plgpu.broadcasted_iota(jnp.int32, (64, 64), 0, layout=plgpu.Layout.WGMMA) + (start + r)
-                value = plgpu.layout_cast(part[...], plgpu.Layout.WGMMA)
-                live = (at >= item.dead_to) & (at < item.dead_from)
-                part[...] = jnp.where(live, value, jnp.zeros_like(value))
-        plgpu.commit_smem()
