@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from models.config import LlamaConfig
-from pallas_kernels import add_norm as kernel
-from pallas_kernels import mosaic
+from pallas_kernels import add_norm as norms
+from pallas_kernels import matvec, mosaic
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
@@ -25,10 +25,26 @@ def add_norm(
     x: jax.Array, delta: jax.Array, weight: jax.Array, eps: float, *, attention: str
 ) -> tuple[jax.Array, jax.Array]:
     """The sum of x and delta, and its norm: one kernel where the attention named has kernels."""
-    if mosaic.chosen(attention) and kernel.fits(x, weight):
-        return kernel.add_norm(x, delta, weight, eps=eps)
+    if mosaic.chosen(attention) and norms.fits(x, weight):
+        return norms.add_norm(x, delta, weight, eps=eps)
     x = x + delta
     return x, rms_norm(x, weight, eps)
+
+
+def product(x: jax.Array, w: jax.Array, *, attention: str) -> jax.Array:
+    """X [T, K] times w [K, ...]; a lone token's by a kernel of its own where the attention named has kernels."""
+    if mosaic.chosen(attention) and matvec.fits(x, w):
+        return matvec.matvec(x, w)
+    return jnp.tensordot(x, w, 1)
+
+
+def gated(x: jax.Array, w: jax.Array, bias: jax.Array | None, *, attention: str) -> jax.Array:
+    """silu(x gate) * (x up), where w [K, 2, F] holds gate and up, and bias [2, F] theirs (Shazeer 2020): [T, F]."""
+    if bias is None and mosaic.chosen(attention) and matvec.fits(x, w):
+        return matvec.matvec(x, w, gated=True)
+    both = product(x, w, attention=attention)
+    both = both if bias is None else both + bias
+    return jax.nn.silu(both[:, 0]) * both[:, 1]
 
 
 def rope_frequencies(config: LlamaConfig) -> jax.Array:

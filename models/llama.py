@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding
 import paxattn as pax
 from models import sharding
 from models.config import LlamaConfig
-from models.layers import add_norm, lookup, rms_norm, rope_angles, total
+from models.layers import add_norm, gated, lookup, product, rms_norm, rope_angles, total
 from paxattn.decoding.vocabulary import Scores, Slice
 
 Init = Callable[[str, tuple[int, ...]], jax.Array]
@@ -57,24 +57,24 @@ class Layer(nnx.Module):
         eps, name = self.config.rms_norm_eps, plan.attention
         attended, kv = self._attention(normed, angles, plan, kv)
         x, normed = add_norm(x, attended, self.mlp_norm[...], eps, attention=name)
-        return *add_norm(x, self._mlp(normed), following, eps, attention=name), kv
+        return *add_norm(x, self._mlp(normed, name), following, eps, attention=name), kv
 
     def _attention(self, x, angles, plan, kv):
         config = self.config
-        qkv = jnp.einsum("te,ekgd->tkgd", x, self.qkv[...])
+        qkv = product(x, self.qkv[...], attention=plan.attention)
         if config.attention_bias:
             qkv = qkv + self.qkv_bias[...]
         q = qkv[:, :, :-2].reshape(x.shape[0], config.num_attention_heads, config.head_dim)
         k, v = qkv[:, :, -2], qkv[:, :, -1]
         out, kv = pax.attend(q, k, v, kv, plan, angles=angles, sliding_window=config.sliding_window)
-        out = total(out.reshape(x.shape[0], -1) @ self.out[...], self.axis)
+        out = product(out.reshape(x.shape[0], -1), self.out[...], attention=plan.attention)
+        out = total(out, self.axis)
         return (out + self.out_bias[...] if config.attention_bias else out), kv
 
-    def _mlp(self, x):
-        gate_up = jnp.einsum("te,ecf->tcf", x, self.gate_up[...])
-        if self.config.mlp_bias:
-            gate_up = gate_up + self.gate_up_bias[...]
-        out = total((jax.nn.silu(gate_up[:, 0]) * gate_up[:, 1]) @ self.down[...], self.axis)
+    def _mlp(self, x, name):
+        bias = self.gate_up_bias[...] if self.config.mlp_bias else None
+        wide = gated(x, self.gate_up[...], bias, attention=name)
+        out = total(product(wide, self.down[...], attention=name), self.axis)
         return out + self.down_bias[...] if self.config.mlp_bias else out
 
 

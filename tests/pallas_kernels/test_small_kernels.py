@@ -1,7 +1,9 @@
-"""The small kernels of a step: add and norm, rope and write, copies of blocks. Each against its XLA definition.
+"""The small kernels of a step: add and norm, rope and write, a row times a matrix, copies of blocks.
 
 anywhere    the bodies, interpreted, races looked for; every shape lowers to code for sm_90, pools aliased
-a Hopper    the real kernels: rope and copies to the bit, a norm to the rounding of one sum
+a Hopper    the real kernels: rope and copies to the bit, a norm and a product to the rounding of one sum
+
+Each against its XLA definition, products against float64.
 """
 
 import functools
@@ -19,6 +21,7 @@ from models.layers import rms_norm
 from pallas_kernels import mosaic
 from pallas_kernels.add_norm import add_norm
 from pallas_kernels.copy_blocks import copy_blocks
+from pallas_kernels.matvec import LIMIT, fits, matvec
 from pallas_kernels.rope import apply_rope, turn_and_write
 from tests.pallas_kernels.interpreter import RACES, on_cpu
 
@@ -34,6 +37,19 @@ ROPE_SHAPES = {  # tokens, KV heads, query heads of each, head size, block size
     "mqa-256": (9, 1, 8, 256, 128),
 }
 NORM_SHAPES = {"narrow": (3, 64), "135M": (3, 576), "1B": (32, 2048), "8B": (32, 4096), "long": (5, 1088)}
+
+PRODUCT_SHAPES = {  # of the matrix; [K, 2, N] with a gate
+    "a vector": (40, 8),
+    "ragged": (300, 72),
+    "ragged-gate": (300, 2, 72),
+    "135M-qkv": (576, 3, 5, 64),
+    "135M-gate": (576, 2, 1536),
+    "135M-down": (1536, 576),
+    "1B-qkv": (2048, 8, 6, 64),
+    "1B-out": (2048, 2048),
+    "long": (3000, 2056),
+    "long-gate": (2048, 2, 2048),
+}
 
 
 def normal(seed, *shape, dtype=jnp.bfloat16):
@@ -97,6 +113,56 @@ def test_add_norm_is_add_and_norm(interpret, shape):
     assert interpret or (got == want).mean() > 0.99  # compiled for a GPU, an interpreted body skips roundings
 
 
+def by_hand(x, w, gate):
+    """The product in float64, gated if it has a gate."""
+    x, w = (np.asarray(a.astype(jnp.float32), np.float64) for a in (x, w))
+    y = np.tensordot(x, w, 1)
+    return y[:, 0] / (1 + np.exp(-y[:, 0])) * y[:, 1] if gate else y
+
+
+@pytest.mark.parametrize(
+    ("interpret", "shape", "dtype"),
+    [
+        *(
+            pytest.param(RACES, s, jnp.bfloat16, marks=on_cpu, id=f"interpreted-{s}")
+            for s in ("a vector", "ragged", "ragged-gate")
+        ),
+        *(pytest.param(None, s, d, marks=on_hopper) for s in PRODUCT_SHAPES for d in (jnp.bfloat16, jnp.float16)),
+    ],
+)
+def test_matvec_is_a_product(interpret, shape, dtype):
+    gate, shape = shape.endswith("gate"), PRODUCT_SHAPES[shape]
+    x, w = normal(0, 1, shape[0], dtype=dtype), normal(1, *shape, dtype=dtype) * dtype(shape[0] ** -0.5)
+    assert fits(x, w)
+    y, want = matvec(x, w, gated=gate, interpret=interpret), by_hand(x, w, gate)
+    assert y.shape == want.shape
+    unit = float(jnp.finfo(dtype).eps)
+    np.testing.assert_allclose(np.asarray(y, np.float64), want, rtol=unit, atol=1e-5)  # rounded once
+    for row in (0, -1):  # and no row less
+        less = by_hand(x.at[0, row].set(0), w, gate)
+        assert not np.allclose(np.asarray(y, np.float64), less, rtol=unit, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", PRODUCT_SHAPES.keys())
+def test_matvec_lowers(shape):
+    call = functools.partial(matvec, gated=shape.endswith("gate"))
+    assert "mosaic_gpu" in lowered(call, normal(0, 1, PRODUCT_SHAPES[shape][0]), normal(1, *PRODUCT_SHAPES[shape]))
+
+
+@pytest.mark.parametrize(
+    ("x", "w"),
+    [
+        ((2, 64), (64, 64)),  # more rows than one
+        ((1, 64), (64, 4)),  # half a vector
+        ((1, 2500), (2500, LIMIT // 2500)),  # XLA's own are as fast
+    ],
+)
+def test_matvec_is_not_for_all(x, w):
+    x, w = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in (x, w))
+    assert not fits(x, w)
+    assert not fits(jax.ShapeDtypeStruct((1, 64), jnp.float32), jax.ShapeDtypeStruct((64, 64), jnp.float32))
+
+
 @pytest.mark.parametrize("interpret", [interpreted, real])
 def test_copy_blocks_copies_what_has_a_target(interpret):
     pools = [normal(i, 7, 2, 8, 64) for i in range(10)]
@@ -148,23 +214,26 @@ CONFIG = LlamaConfig(
 )  # fmt: skip
 
 
-def kernels_of_a_step(attention):
-    """Which kernels of Mosaic a step of a small model is made of: add and norm, rope and write, any."""
+def kernels_of_a_step(attention, *, rows=2):
+    """Which kernels of Mosaic a step of a small model has: add and norm, rope and write, a row times a matrix, any."""
     jax.clear_caches()
     model = models.random_llama(CONFIG, jax.random.key(0), "bfloat16")
-    cache = pax.Cache.create(model.cache_spec, num_blocks=5, block_size=8, max_num_seqs=2, max_model_len=16)
+    cache = pax.Cache.create(model.cache_spec, num_blocks=5, block_size=8, max_num_seqs=rows, max_model_len=16)
 
     def step(model, cache, count, tokens):
-        cache, plan, _ = pax.extend(cache, count, budget=2, attention=attention)
+        cache, plan, _ = pax.extend(cache, count, budget=rows, attention=attention)
         return model(tokens, plan, cache.layers)
 
-    ones = jnp.ones(2, jnp.int32)
+    ones = jnp.ones(rows, jnp.int32)
     lowered_once = lowered(step, model, cache, ones, ones)
-    return tuple(name in lowered_once for name in ("call @add_norm", "call @turn_and_write", "mosaic_gpu"))
+    names = "call @add_norm", "call @turn_and_write", "call @matvec", "mosaic_gpu"
+    return tuple(name in lowered_once for name in names)
 
 
 def test_a_name_decides_about_the_small_kernels_too(monkeypatch):
-    assert kernels_of_a_step("auto") == 3 * (mosaic.on_hopper(),)
+    here = mosaic.on_hopper()
+    assert kernels_of_a_step("auto") == (here, here, False, here)
     monkeypatch.setattr(mosaic, "on_hopper", lambda: True)
-    assert kernels_of_a_step("auto") == (True, True, True)
-    assert kernels_of_a_step("xla") == (False, False, False)
+    assert kernels_of_a_step("auto") == (True, True, False, True)
+    assert kernels_of_a_step("auto", rows=1) == (True, True, True, True)
+    assert kernels_of_a_step("xla", rows=1) == (False, False, False, False)
