@@ -1,0 +1,280 @@
+"""A few rows times a matrix, at the speed of memory: the products of a decode step.
+
+    W [K, N]          8 V columns of a block       a warp: 16 rows at a time, every `warps`-th of them
+    rows 4 q .. 4 q + 3   | g = 0 | g = 1 | ... | g = 7 |      lane 4 g + q: V columns of 4 rows, straight from memory
+                          | V     | V     |     |       |
+    X [T, K]          lane 4 g + q: the same 4 columns of rows g and g + 8
+
+    sums: a warp's in registers, by matrix products of 16 x 16 x 8; warps' through shared memory --> y [T, N]
+
+A sum does not mind its order, so rows of W stand in a product's operand as they are read best: whole vectors a lane, and
+column j of each vector is product j. No block waits for another, and no second kernel adds up parts.
+
+XLA takes a row times fewer than ten million numbers for a reduction. It reads them at half of memory's speed, wants
+some transposed, a copy of the weights, and of others writes all products to memory first, rounded to 16 bits. Of a few
+rows it splits the products of small matrices in two kernels.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic.gpu import utils
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, gpu, scf, vector
+from jaxlib.mlir.dialects import math as mlir_math
+
+ROWS = 32
+"""Of x, at most."""
+
+LIMIT = 10_000_000
+"""Numbers of a matrix from which on XLA multiplies it at least as fast."""
+
+WARP, GROUP, TILE = 32, 4, 16
+"""Threads; lanes that share columns; rows of x, and of W, in a product."""
+
+
+def fits(x: jax.Array, w: jax.Array) -> bool:
+    """Whether the kernel is made for these: few rows, 16-bit, sides of whole products. Looks at shapes and dtypes."""
+    kind = x.dtype == w.dtype and x.dtype.name in ("bfloat16", "float16")
+    sides = w.shape[0] % TILE == 0 and w.shape[-1] % TILE == 0
+    return kind and sides and x.shape[0] <= ROWS and math.prod(w.shape) < LIMIT
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Of one product, or of two whose results are multiplied: `ways`."""
+
+    rows: int  # T
+    depth: int  # K
+    width: int  # N
+    ways: int
+    vector: int  # V: elements a lane reads at once
+    warps: int  # of a block
+
+    @property
+    def tiles(self) -> int:
+        """Of rows of x."""
+        return -(-self.rows // TILE)
+
+    @property
+    def columns(self) -> int:
+        """Of a block, each way."""
+        return self.vector * WARP // GROUP
+
+    @property
+    def unroll(self) -> int:
+        """Tiles of W that a warp waits for at once."""
+        return max(min(32 // self.vector, 8) // self.ways, 1)
+
+
+def sizes_of(rows: int, depth: int, width: int, ways: int) -> Sizes:
+    """The measured best."""
+    wide = next(v for v in (8, 4, 2) if width % (8 * v) == 0 and (v == 2 or width // (8 * v) * ways >= 96))
+    return Sizes(rows, depth, width, ways, max(wide // ways, 2), 16 if depth >= 2048 and rows <= TILE else 8)
+
+
+@functools.partial(jax.jit, static_argnames=("gated", "sizes", "interpret"))
+def few_rows(x, w, *, gated: bool = False, sizes: Sizes | None = None, interpret=None) -> jax.Array:
+    """Rows [T, K] times a matrix [K, ...] -> [T, ...]: float32 inside, rounded once.
+
+    Args:
+      x: [T, K], bfloat16 or float16, T at most 32.
+      w: [K, ...] of the same dtype, K and the last axis multiples of 16.
+      gated: w is [K, 2, N], a gate and what it lets through: silu(x gate) * (x up), [T, N].
+      sizes: in place of the measured best.
+      interpret: see `plgpu.kernel`.
+    """
+    (rows, depth), ways = x.shape, 2 if gated else 1
+    s = sizes or sizes_of(rows, depth, math.prod(w.shape[1:]) // ways, ways)
+
+    def body(x_ref, w_ref, y_ref, *scratch):
+        block = lax.axis_index("block")
+        if interpret:
+            _interpreted(s, block, x_ref, w_ref, y_ref)
+        else:
+            _block(s, block, x_ref, w_ref, y_ref, *scratch)
+
+    sums = plgpu.SMEM((s.warps, s.ways, s.tiles * TILE, s.columns), jnp.float32)
+    y = plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct((rows, s.width), x.dtype),
+        scratch_types=() if interpret else (sums,),
+        grid=(s.width // s.columns,),
+        grid_names=("block",),
+        num_threads=1 if interpret else s.warps // 4,
+        thread_name="wg",
+        kernel_name="few_rows",
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+        interpret=interpret,
+    )(x, w.reshape(depth, -1))
+    return y if gated else y.reshape(rows, *w.shape[1:])
+
+
+def _interpreted(s: Sizes, block, x, w, y) -> None:
+    """What a block writes, as arrays."""
+    starts = [way * s.width + block * s.columns for way in range(s.ways)]
+    wide = x[...].astype(jnp.float32)
+    sums = [wide @ w[:, pl.ds(start, s.columns)].astype(jnp.float32) for start in starts]
+    result = jax.nn.silu(sums[0]) * sums[1] if s.ways == 2 else sums[0]
+    y[:, pl.ds(starts[0], s.columns)] = result.astype(y.dtype)
+
+
+def _block(s: Sizes, block, x, w, y, sums) -> None:
+    """A block's columns of the result."""
+    dtype = y.dtype
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * 4 + (plgpu.Layout.WG_SPLAT,))
+    def run(_, x, w, y, sums, block):
+        element = utils.dtype_to_ir_type(dtype)
+        thread = arith.index_cast(_i32(), gpu.thread_id(gpu.Dimension.x))
+        warp, lane = _split(thread, WARP)
+        group, quad = _split(lane, GROUP)
+        start = _times(block.registers.item(), s.columns)
+        near = arith.addi(start, _times(group, s.vector))
+
+        def load(step):
+            """A warp's tile of W as operands of products [ways][V], and that of X [tiles]."""
+            row = arith.addi(_times(step, TILE), _times(quad, 4))
+            columns = [_place(arith.addi(near, _int(way * s.width))) for way in range(s.ways)]
+            at = [_place(arith.addi(row, _int(i))) for i in range(4)]
+            read = ir.VectorType.get((s.vector,), element)
+            values = [[vector.load(read, w, [r, column]) for r in at] for column in columns]
+            few = ir.VectorType.get((4,), element)
+            tokens = [arith.addi(group, _int(8 * half)) for half in range(2 * s.tiles)]
+            pieces = []
+            for half, token in enumerate(tokens):
+                inside = None if 8 * (half + 1) <= s.rows else _less(token, s.rows)
+                token = token if inside is None else arith.select(inside, token, _int(0))
+                piece = vector.load(few, x, [_place(token), at[0]])
+                pieces.append(piece if inside is None else arith.select(inside, piece, utils.c(0.0, few)))
+            return values, pieces
+
+        mine = _sums_of_a_warp(s, load, warp, str(element))
+        pair = ir.VectorType.get((2,), ir.F32Type.get())
+        for way in range(s.ways):
+            for tile in range(s.tiles):
+                for half in range(2):
+                    token = arith.addi(group, _int(TILE * tile + 8 * half))
+                    at = [_place(warp), _place(_int(way)), _place(token)]
+                    # Of product j a lane has two of 8 slots: the columns 2 quad V + j and (2 quad + 1) V + j.
+                    run_of = [mine[way][tile][j][2 * half + e] for e in range(2) for j in range(s.vector)]
+                    for j in range(0, 2 * s.vector, 2):
+                        column = arith.addi(_times(quad, 2 * s.vector), _int(j))
+                        vector.store(vector.from_elements(pair, run_of[j : j + 2]), sums, [*at, _place(column)])
+        gpu.barrier()
+        pairs = s.columns // 2
+        for first in range(0, s.rows * pairs, s.warps * WARP):
+            task = arith.addi(thread, _int(first))
+            with utils.when(_less(task, s.rows * pairs)):
+                token, column = _split(task, pairs)
+                column = _times(column, 2)
+
+                def total(way, token=token, column=column):
+                    at = [_place(_int(way)), _place(token), _place(column)]
+                    parts = [vector.load(pair, sums, [_place(_int(i)), *at]) for i in range(s.warps)]
+                    return functools.reduce(arith.addf, parts)
+
+                result = total(0) if s.ways == 1 else arith.mulf(_silu(total(0)), total(1))
+                rounded = arith.truncf(ir.VectorType.get((2,), element), result)
+                vector.store(rounded, y, [_place(token), _place(arith.addi(start, column))])
+
+    run(x, w, y, sums, jnp.asarray(block, jnp.int32))  # pyright: ignore[reportCallIssue]
+
+
+def _sums_of_a_warp(s: Sizes, load, warp, element: str) -> list:
+    """Sums over tiles warp, warp + warps .. of W: [ways][tiles][V] of four registers each."""
+
+    def add(accs, start, count, *, ragged=False):
+        """Accs + `count` tiles of W; the last one may lie past the end."""
+        steps = [arith.addi(start, _int(i * s.warps)) for i in range(count)]
+        inside = _less(steps[-1], s.depth // TILE)
+        if ragged:
+            steps[-1] = arith.select(inside, steps[-1], _int(0))
+        for i, (values, pieces) in enumerate([load(step) for step in steps]):
+            if ragged and i == count - 1:
+                pieces = [arith.select(inside, piece, utils.c(0.0, piece.type)) for piece in pieces]
+            tiles = [_pairs(pieces[2 * m : 2 * m + 2]) for m in range(s.tiles)]
+            accs = [
+                [
+                    [_product(acc, tile, _column(vectors, j), element) for j, acc in enumerate(each)]
+                    for each, tile in zip(way, tiles, strict=True)
+                ]
+                for way, vectors in zip(accs, values, strict=True)
+            ]
+        return accs
+
+    zero = utils.c(0.0, ir.F32Type.get())
+    accs = [[[(zero,) * 4] * s.vector for _ in range(s.tiles)] for _ in range(s.ways)]
+    flat, shape = jax.tree.flatten(accs)
+    step = s.unroll * s.warps
+    loops, left = divmod(s.depth // TILE, step)
+    if loops:
+        loop = scf.ForOp(_int(0), _int(loops), _int(1), flat)
+        with ir.InsertionPoint(loop.body):
+            start = arith.addi(warp, _times(loop.induction_variable, step))
+            inner = jax.tree.unflatten(shape, list(loop.inner_iter_args))
+            scf.yield_(jax.tree.leaves(add(inner, start, s.unroll)))
+        accs = jax.tree.unflatten(shape, list(loop.results))
+    if left:
+        accs = add(accs, arith.addi(warp, _int(loops * step)), -(-left // s.warps), ragged=left % s.warps > 0)
+    return accs
+
+
+def _pairs(pieces) -> list:
+    """Two rows of x, 4 columns each, as the four registers of a product's left operand."""
+    return [_register(piece, piece, [c, c + 1]) for c in (0, 2) for piece in pieces]
+
+
+def _column(vectors, j: int) -> list:
+    """Column j of four rows of W as the two registers of a product's right operand."""
+    width = vectors[0].type.shape[0]
+    return [_register(vectors[i], vectors[i + 1], [j, width + j]) for i in (0, 2)]
+
+
+def _register(a, b, which):
+    return utils.bitcast(vector.shuffle(a, b, which), _i32())
+
+
+def _product(acc, left, right, element: str) -> tuple:
+    """Acc + left [16, 16] times right [16, 8], by all threads of a warp."""
+    ptx = f"mma.sync.aligned.m16n8k16.row.col.f32.{element}.{element}.f32 "
+    ptx += "{$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};"
+    return tuple(utils.inline_ptx(ptx, *left, *right, *acc, result_types=[ir.F32Type.get()] * 4, convergent=True))
+
+
+def _silu(x):
+    count = x.type.shape[0]
+    parts = [vector.extract(x, dynamic_position=[], static_position=[i]) for i in range(count)]
+    decay = vector.from_elements(x.type, [mlir_math.exp(arith.negf(part)) for part in parts])
+    return arith.divf(x, arith.addf(utils.c(1.0, x.type), decay))
+
+
+def _i32():
+    return ir.IntegerType.get_signless(32)
+
+
+def _int(value: int):
+    return utils.c(value, _i32())
+
+
+def _times(number, value: int):
+    return arith.muli(number, _int(value))
+
+
+def _split(number, size: int):
+    """Quotient and rest."""
+    return arith.divui(number, _int(size)), arith.remui(number, _int(size))
+
+
+def _place(number):
+    return arith.index_cast(ir.IndexType.get(), number)
+
+
+def _less(number, value: int):
+    return arith.cmpi(arith.CmpIPredicate.ult, number, _int(value))
