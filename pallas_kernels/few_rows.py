@@ -7,7 +7,7 @@
 
     sums: a warp's in registers, by matrix products of 16 x 16 x 8; warps' through shared memory --> y [T, N]
 
-A sum does not mind its order, so rows of W stand in a product's operand as they are read best: whole vectors a lane, and
+A sum does not mind its order, so rows of W stand in a product as they are read best: whole vectors a lane, and
 column j of each vector is product j. No block waits for another, and no second kernel adds up parts.
 
 XLA takes a row times fewer than ten million numbers for a reduction. It reads them at half of memory's speed, wants
