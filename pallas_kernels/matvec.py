@@ -25,8 +25,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, memref, scf, vector
 from jaxlib.mlir.dialects import math as mlir_math
 
-VECTOR = 8
-"""Elements a thread moves at once: 16 bytes."""
+from pallas_kernels.scalars import VECTOR, const, i32, less, place, times
 
 UNROLL = 16
 """Vectors a thread waits for at once."""
@@ -128,30 +127,30 @@ def _block(sizes: Sizes, block, x, w, y, sums) -> None:
     def run(_, x, w, y, sums, block):
         narrow = ir.VectorType.get((VECTOR,), utils.dtype_to_ir_type(dtype))
         wide = ir.VectorType.get((VECTOR,), ir.F32Type.get())
-        thread = arith.index_cast(_i32(), gpu.thread_id(gpu.Dimension.x))
-        near = _times(arith.remui(thread, _int(sizes.lanes)), VECTOR)
-        start = arith.addi(_times(block.registers.item(), sizes.columns), near)
-        columns = [_place(arith.addi(start, _int(way * sizes.width))) for way in range(sizes.ways)]
+        thread = arith.index_cast(i32(), gpu.thread_id(gpu.Dimension.x))
+        near = times(arith.remui(thread, const(sizes.lanes)), VECTOR)
+        start = arith.addi(times(block.registers.item(), sizes.columns), near)
+        columns = [place(arith.addi(start, const(way * sizes.width))) for way in range(sizes.ways)]
 
         def load(row):
-            at = _place(row)
-            return [vector.load(narrow, w, [at, column]) for column in columns], memref.load(x, [_place(_int(0)), at])
+            at = place(row)
+            return [vector.load(narrow, w, [at, column]) for column in columns], memref.load(x, [place(const(0)), at])
 
-        mine = _sums_of_a_thread(sizes, load, arith.divui(thread, _int(sizes.lanes)), utils.c(0.0, wide))
+        mine = _sums_of_a_thread(sizes, load, arith.divui(thread, const(sizes.lanes)), utils.c(0.0, wide))
         mine = [_sums_of_a_warp(sizes, each) for each in mine]
-        with utils.when(_less(arith.remui(thread, _int(WARP)), sizes.lanes)):
-            warp = _place(arith.divui(thread, _int(WARP)))
+        with utils.when(less(arith.remui(thread, const(WARP)), sizes.lanes)):
+            warp = place(arith.divui(thread, const(WARP)))
             for way, each in enumerate(mine):
-                vector.store(each, sums, [_place(_int(way)), warp, _place(near)])
+                vector.store(each, sums, [place(const(way)), warp, place(near)])
         gpu.barrier()
-        with utils.when(_less(thread, sizes.lanes)):
+        with utils.when(less(thread, sizes.lanes)):
 
             def total(way):
-                at = [[_place(_int(n)) for n in (way, warp)] for warp in range(sizes.threads // WARP)]
-                return functools.reduce(arith.addf, [vector.load(wide, sums, [*p, _place(near)]) for p in at])
+                at = [[place(const(n)) for n in (way, warp)] for warp in range(sizes.threads // WARP)]
+                return functools.reduce(arith.addf, [vector.load(wide, sums, [*p, place(near)]) for p in at])
 
             result = total(0) if sizes.ways == 1 else arith.mulf(_silu(total(0)), total(1))
-            vector.store(arith.truncf(narrow, result), y, [_place(_int(0)), columns[0]])
+            vector.store(arith.truncf(narrow, result), y, [place(const(0)), columns[0]])
 
     run(x, w, y, sums, jnp.asarray(block, jnp.int32))  # pyright: ignore[reportCallIssue]
 
@@ -161,10 +160,10 @@ def _sums_of_a_thread(sizes: Sizes, load, first, zero) -> list:
 
     def add(accs, start, count, *, ragged=False):
         """Accs + `count` rows; the last one may lie past the end."""
-        rows = [arith.addi(start, _int(i * sizes.rows)) for i in range(count)]
-        inside = _less(rows[-1], sizes.depth)
+        rows = [arith.addi(start, const(i * sizes.rows)) for i in range(count)]
+        inside = less(rows[-1], sizes.depth)
         if ragged:
-            rows[-1] = arith.select(inside, rows[-1], _int(0))
+            rows[-1] = arith.select(inside, rows[-1], const(0))
         loaded = [load(row) for row in rows]
         for i, (vectors, weight) in enumerate(loaded):
             weight = arith.extf(ir.F32Type.get(), weight)
@@ -179,13 +178,13 @@ def _sums_of_a_thread(sizes: Sizes, load, first, zero) -> list:
     step, accs = count * sizes.rows, [zero] * sizes.ways
     loops, left = divmod(sizes.depth, step)
     if loops:
-        loop = scf.ForOp(_int(0), _int(loops), _int(1), accs)
+        loop = scf.ForOp(const(0), const(loops), const(1), accs)
         with ir.InsertionPoint(loop.body):
-            start = arith.addi(first, _times(loop.induction_variable, step))
+            start = arith.addi(first, times(loop.induction_variable, step))
             scf.yield_(add(list(loop.inner_iter_args), start, count))
         accs = list(loop.results)
     if left:
-        start = arith.addi(first, _int(loops * step))
+        start = arith.addi(first, const(loops * step))
         accs = add(accs, start, -(-left // sizes.rows), ragged=left % sizes.rows > 0)
     return accs
 
@@ -206,23 +205,3 @@ def _silu(x):
 
 def _elements(x) -> list:
     return [vector.extract(x, dynamic_position=[], static_position=[i]) for i in range(VECTOR)]
-
-
-def _i32():
-    return ir.IntegerType.get_signless(32)
-
-
-def _int(value: int):
-    return utils.c(value, _i32())
-
-
-def _times(number, value: int):
-    return arith.muli(number, _int(value))
-
-
-def _place(number):
-    return arith.index_cast(ir.IndexType.get(), number)
-
-
-def _less(number, value: int):
-    return arith.cmpi(arith.CmpIPredicate.ult, number, _int(value))
