@@ -17,8 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, vector
 
-VECTOR = 8
-"""Elements a thread moves at once: 16 bytes."""
+from pallas_kernels.scalars import VECTOR
 
 
 def fits(x: jax.Array, weight: jax.Array) -> bool:

@@ -29,6 +29,8 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, scf, vector
 from jaxlib.mlir.dialects import math as mlir_math
 
+from pallas_kernels.scalars import const, i32, less, place, split, times
+
 ROWS = 32
 """Of x, at most."""
 
@@ -132,26 +134,26 @@ def _block(s: Sizes, block, x, w, y, sums) -> None:
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * 4 + (plgpu.Layout.WG_SPLAT,))
     def run(_, x, w, y, sums, block):
         element = utils.dtype_to_ir_type(dtype)
-        thread = arith.index_cast(_i32(), gpu.thread_id(gpu.Dimension.x))
-        warp, lane = _split(thread, WARP)
-        group, quad = _split(lane, GROUP)
-        start = _times(block.registers.item(), s.columns)
-        near = arith.addi(start, _times(group, s.vector))
+        thread = arith.index_cast(i32(), gpu.thread_id(gpu.Dimension.x))
+        warp, lane = split(thread, WARP)
+        group, quad = split(lane, GROUP)
+        start = times(block.registers.item(), s.columns)
+        near = arith.addi(start, times(group, s.vector))
 
         def load(step):
             """A warp's tile of W as operands of products [ways][V], and that of X [tiles]."""
-            row = arith.addi(_times(step, TILE), _times(quad, 4))
-            columns = [_place(arith.addi(near, _int(way * s.width))) for way in range(s.ways)]
-            at = [_place(arith.addi(row, _int(i))) for i in range(4)]
+            row = arith.addi(times(step, TILE), times(quad, 4))
+            columns = [place(arith.addi(near, const(way * s.width))) for way in range(s.ways)]
+            at = [place(arith.addi(row, const(i))) for i in range(4)]
             read = ir.VectorType.get((s.vector,), element)
             values = [[vector.load(read, w, [r, column]) for r in at] for column in columns]
             few = ir.VectorType.get((4,), element)
-            tokens = [arith.addi(group, _int(8 * half)) for half in range(2 * s.tiles)]
+            tokens = [arith.addi(group, const(8 * half)) for half in range(2 * s.tiles)]
             pieces = []
             for half, token in enumerate(tokens):
-                inside = None if 8 * (half + 1) <= s.rows else _less(token, s.rows)
-                token = token if inside is None else arith.select(inside, token, _int(0))
-                piece = vector.load(few, x, [_place(token), at[0]])
+                inside = None if 8 * (half + 1) <= s.rows else less(token, s.rows)
+                token = token if inside is None else arith.select(inside, token, const(0))
+                piece = vector.load(few, x, [place(token), at[0]])
                 pieces.append(piece if inside is None else arith.select(inside, piece, utils.c(0.0, few)))
             return values, pieces
 
@@ -160,29 +162,29 @@ def _block(s: Sizes, block, x, w, y, sums) -> None:
         for way in range(s.ways):
             for tile in range(s.tiles):
                 for half in range(2):
-                    token = arith.addi(group, _int(TILE * tile + 8 * half))
-                    at = [_place(warp), _place(_int(way)), _place(token)]
+                    token = arith.addi(group, const(TILE * tile + 8 * half))
+                    at = [place(warp), place(const(way)), place(token)]
                     # Of product j a lane has two of 8 slots: the columns 2 quad V + j and (2 quad + 1) V + j.
                     run_of = [mine[way][tile][j][2 * half + e] for e in range(2) for j in range(s.vector)]
                     for j in range(0, 2 * s.vector, 2):
-                        column = arith.addi(_times(quad, 2 * s.vector), _int(j))
-                        vector.store(vector.from_elements(pair, run_of[j : j + 2]), sums, [*at, _place(column)])
+                        column = arith.addi(times(quad, 2 * s.vector), const(j))
+                        vector.store(vector.from_elements(pair, run_of[j : j + 2]), sums, [*at, place(column)])
         gpu.barrier()
         pairs = s.columns // 2
         for first in range(0, s.rows * pairs, s.warps * WARP):
-            task = arith.addi(thread, _int(first))
-            with utils.when(_less(task, s.rows * pairs)):
-                token, column = _split(task, pairs)
-                column = _times(column, 2)
+            task = arith.addi(thread, const(first))
+            with utils.when(less(task, s.rows * pairs)):
+                token, column = split(task, pairs)
+                column = times(column, 2)
 
                 def total(way, token=token, column=column):
-                    at = [_place(_int(way)), _place(token), _place(column)]
-                    parts = [vector.load(pair, sums, [_place(_int(i)), *at]) for i in range(s.warps)]
+                    at = [place(const(way)), place(token), place(column)]
+                    parts = [vector.load(pair, sums, [place(const(i)), *at]) for i in range(s.warps)]
                     return functools.reduce(arith.addf, parts)
 
                 result = total(0) if s.ways == 1 else arith.mulf(_silu(total(0)), total(1))
                 rounded = arith.truncf(ir.VectorType.get((2,), element), result)
-                vector.store(rounded, y, [_place(token), _place(arith.addi(start, column))])
+                vector.store(rounded, y, [place(token), place(arith.addi(start, column))])
 
     run(x, w, y, sums, jnp.asarray(block, jnp.int32))  # pyright: ignore[reportCallIssue]
 
@@ -192,10 +194,10 @@ def _sums_of_a_warp(s: Sizes, load, warp, element: str) -> list:
 
     def add(accs, start, count, *, ragged=False):
         """Accs + `count` tiles of W; the last one may lie past the end."""
-        steps = [arith.addi(start, _int(i * s.warps)) for i in range(count)]
-        inside = _less(steps[-1], s.depth // TILE)
+        steps = [arith.addi(start, const(i * s.warps)) for i in range(count)]
+        inside = less(steps[-1], s.depth // TILE)
         if ragged:
-            steps[-1] = arith.select(inside, steps[-1], _int(0))
+            steps[-1] = arith.select(inside, steps[-1], const(0))
         for i, (values, pieces) in enumerate([load(step) for step in steps]):
             if ragged and i == count - 1:
                 pieces = [arith.select(inside, piece, utils.c(0.0, piece.type)) for piece in pieces]
@@ -215,14 +217,14 @@ def _sums_of_a_warp(s: Sizes, load, warp, element: str) -> list:
     step = s.unroll * s.warps
     loops, left = divmod(s.depth // TILE, step)
     if loops:
-        loop = scf.ForOp(_int(0), _int(loops), _int(1), flat)
+        loop = scf.ForOp(const(0), const(loops), const(1), flat)
         with ir.InsertionPoint(loop.body):
-            start = arith.addi(warp, _times(loop.induction_variable, step))
+            start = arith.addi(warp, times(loop.induction_variable, step))
             inner = jax.tree.unflatten(shape, list(loop.inner_iter_args))
             scf.yield_(jax.tree.leaves(add(inner, start, s.unroll)))
         accs = jax.tree.unflatten(shape, list(loop.results))
     if left:
-        accs = add(accs, arith.addi(warp, _int(loops * step)), -(-left // s.warps), ragged=left % s.warps > 0)
+        accs = add(accs, arith.addi(warp, const(loops * step)), -(-left // s.warps), ragged=left % s.warps > 0)
     return accs
 
 
@@ -238,7 +240,7 @@ def _column(vectors, j: int) -> list:
 
 
 def _register(a, b, which):
-    return utils.bitcast(vector.shuffle(a, b, which), _i32())
+    return utils.bitcast(vector.shuffle(a, b, which), i32())
 
 
 def _product(acc, left, right, element: str) -> tuple:
@@ -253,28 +255,3 @@ def _silu(x):
     parts = [vector.extract(x, dynamic_position=[], static_position=[i]) for i in range(count)]
     decay = vector.from_elements(x.type, [mlir_math.exp(arith.negf(part)) for part in parts])
     return arith.divf(x, arith.addf(utils.c(1.0, x.type), decay))
-
-
-def _i32():
-    return ir.IntegerType.get_signless(32)
-
-
-def _int(value: int):
-    return utils.c(value, _i32())
-
-
-def _times(number, value: int):
-    return arith.muli(number, _int(value))
-
-
-def _split(number, size: int):
-    """Quotient and rest."""
-    return arith.divui(number, _int(size)), arith.remui(number, _int(size))
-
-
-def _place(number):
-    return arith.index_cast(ir.IndexType.get(), number)
-
-
-def _less(number, value: int):
-    return arith.cmpi(arith.CmpIPredicate.ult, number, _int(value))

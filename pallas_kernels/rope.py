@@ -20,8 +20,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, vector
 
-VECTOR = 8
-"""Elements a thread moves at once: 16 bytes."""
+from pallas_kernels.scalars import VECTOR, const, equal, i32, less, place, split, times
 
 
 def apply_rope(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
@@ -99,31 +98,21 @@ def _turn(qkv, cos, sin, q, k_pool, v_pool, *scalars) -> None:
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * 6 + (plgpu.Layout.WG_SPLAT,) * 5)
     def turn(_, qkv, cos, sin, q, k_pool, v_pool, *scalars):
-        i32, index = ir.IntegerType.get_signless(32), ir.IndexType.get()
         token, part, block, slot, live = (s.registers.item() for s in scalars)
-        thread = arith.index_cast(i32, gpu.thread_id(gpu.Dimension.x))
-        task = arith.addi(arith.muli(part, utils.c(128, i32)), thread)
+        thread = arith.index_cast(i32(), gpu.thread_id(gpu.Dimension.x))
+        task = arith.addi(times(part, 128), thread)
 
-        def split(number, size):
-            return arith.divui(number, utils.c(size, i32)), arith.remui(number, utils.c(size, i32))
+        def load(ref, *at, dtype):
+            return vector.load(ir.VectorType.get((VECTOR,), dtype), ref, [place(n) for n in at])
 
-        def places(*numbers):
-            return [arith.index_cast(index, n) for n in numbers]
-
-        def equal(number, value):
-            return arith.cmpi(arith.CmpIPredicate.eq, number, utils.c(value, i32))
-
-        def load(ref, *place, dtype):
-            return vector.load(ir.VectorType.get((VECTOR,), dtype), ref, places(*place))
-
-        with utils.when(arith.cmpi(arith.CmpIPredicate.ult, task, utils.c(tasks, i32))):
+        with utils.when(less(task, tasks)):
             rest, column = split(task, half // VECTOR)
             kv_head, head = split(rest, width)
-            column = arith.muli(column, utils.c(VECTOR, i32))
-            columns = column, arith.addi(column, utils.c(half, i32))
+            column = times(column, VECTOR)
+            columns = column, arith.addi(column, const(half))
             narrow, wide = utils.dtype_to_ir_type(dtype), ir.VectorType.get((VECTOR,), ir.F32Type.get())
             pair = [load(qkv, token, kv_head, head, c, dtype=narrow) for c in columns]
-            zero = utils.c(0, i32)
+            zero = const(0)
             c, s = (load(ref, token, zero, column, dtype=ir.F32Type.get()) for ref in (cos, sin))
             low, high = (arith.extf(wide, x) for x in pair)
             turned = (
@@ -132,12 +121,12 @@ def _turn(qkv, cos, sin, q, k_pool, v_pool, *scalars) -> None:
             )
             turned = [arith.truncf(x.type, t) for x, t in zip(pair, turned, strict=True)]
 
-            def put(ref, values, *place):
+            def put(ref, values, *at):
                 for value, c in zip(values, columns, strict=True):
-                    vector.store(value, ref, places(*place, c))
+                    vector.store(value, ref, [place(n) for n in (*at, c)])
 
-            with utils.when(arith.cmpi(arith.CmpIPredicate.ult, head, utils.c(group, i32))):
-                put(q, turned, token, arith.addi(arith.muli(kv_head, utils.c(group, i32)), head))
+            with utils.when(less(head, group)):
+                put(q, turned, token, arith.addi(times(kv_head, group), head))
             with utils.when(arith.andi(live, equal(head, group))):
                 put(k_pool, turned, block, kv_head, slot)
             with utils.when(arith.andi(live, equal(head, group + 1))):
