@@ -25,6 +25,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, memref, scf, vector
 from jaxlib.mlir.dialects import math as mlir_math
 
+from pallas_kernels.layouts import DTYPES
 from pallas_kernels.scalars import VECTOR, const, i32, less, place, times
 
 UNROLL = 16
@@ -41,7 +42,7 @@ def fits(x: jax.Array, w: jax.Array) -> bool:
 
     Looks at shapes and dtypes alone.
     """
-    kind = x.dtype == w.dtype and x.dtype.name in ("bfloat16", "float16")
+    kind = x.dtype == w.dtype and x.dtype.name in DTYPES
     return kind and x.shape[0] == 1 and w.shape[-1] % VECTOR == 0 and math.prod(w.shape) < LIMIT
 
 
