@@ -1,11 +1,12 @@
 """Two GPUs against one of the same machine: decode steps and the serving workload, model=2 and data=2.
 
-psum      the all-reduce of a layer alone, N of them in one program, as XLA does it and by NCCL  -> us each
+psum      the all-reduce of a layer alone, N of them in one program, by XLA's kernel and by NCCL  -> us each
 decode    prompts stand in the cache (pages taken, contents zero), then N plain greedy steps   -> ms a step
 serving   256 requests, `random.Random(0)`, 100..1024 tokens each way, no end token             -> tokens / s
           512 of them, 256 rows a device at most, on one device and with data=2
 
-All programs of all sides are compiled together, from shapes, before the first array is made.
+All programs of all sides are compiled together, from shapes, before the first array is made. The file keeps XLA_FLAGS:
+docs/many-devices.md says which to set.
     python benchmarks/gpu_scaling.py --save            python benchmarks/gpu_scaling.py --tiny
 """
 
@@ -46,14 +47,14 @@ Serving: as in gpu_serving.py, one run after a warm-up of 8 steps; data=2 deals 
 shard's. With 256 requests a shard has half the rows, and as many steps that read all weights as one device has; with
 512 both have rows enough. psum: the collective of a layer alone: all-reduces of [rows, E] in the model's dtype over
 both devices, 16 a turn of a loop, with nothing between them but a product by 1/2; time of the call / their number, and
-by the profiler, of one more call, that of the collective's kernels alone. us, kernel_us: as XLA does it, small ones by
-a kernel of its own; nccl_us, nccl_kernel_us: the same handed to NCCL (option HANDED). collectives: how many a
-decode step has, counted in the compiled text: two all-reduces a layer and the embedding's; the head's is a gather of 3
-numbers a row. kernels_ms, collectives_ms: a step of one more run, under the profiler, what a GPU spends in kernels and
-in those of the collectives, which also wait for the other GPU. times: one device's time / this time.
+by the profiler, of one more call, that of the collective's kernels alone. us, kernel_us: by XLA's own kernel, which
+takes small ones only; nccl_us, nccl_kernel_us: by NCCL; xla_flags says which of the two a step has. collectives: how
+many a decode step has, counted in the compiled text: two all-reduces a layer and the embedding's; the head's is a
+gather of 3 numbers a row. kernels_ms, collectives_ms: a step of one more run, under the profiler, what a GPU spends in
+kernels and in those of the collectives, which also wait for the other GPU. times: one device's time / this time.
 """
-HANDED = {"xla_gpu_unsupported_use_all_reduce_one_shot_kernel": False}
-WAYS = {"": None, "nccl_": HANDED}  # options of the compiler, by what their keys begin with
+OWN = "xla_gpu_unsupported_use_all_reduce_one_shot_kernel"
+WAYS = {"": {OWN: True}, "nccl_": {OWN: False}}  # options of the compiler, by what their keys begin with
 COLLECTIVES = r" (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
 COLLECTIVE_KERNELS = "nccl|psum|all_?(reduce|gather)"
 

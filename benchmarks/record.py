@@ -1,4 +1,4 @@
-"""A measurement and everything needed to doubt it: machine, versions, commit, method, every raw sample.
+"""A measurement and everything needed to doubt it: machine, versions, flags, commit, method, every raw sample.
 
     write("cpu_decode", rows, method="...")   ->   benchmarks/results/<folder>/cpu_decode.json
 
@@ -73,6 +73,7 @@ def document(name: str, rows: list[dict], *, method: str, peers: dict[str, str] 
         "machine": machine(),
         "device": device(),
         "versions": versions(peers),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
         **commit(),
         "method": " ".join(method.split()),
         "rows": rows,

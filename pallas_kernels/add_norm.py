@@ -17,12 +17,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, vector
 
+from pallas_kernels.layouts import DTYPES
 from pallas_kernels.scalars import VECTOR
 
 
 def fits(x: jax.Array, weight: jax.Array) -> bool:
     """Whether the kernel is made for these: 16-bit, rows of whole vectors. Only shapes and dtypes are looked at."""
-    return x.dtype == weight.dtype and x.dtype.name in ("bfloat16", "float16") and x.shape[-1] % VECTOR == 0
+    return x.dtype == weight.dtype and x.dtype.name in DTYPES and x.shape[-1] % VECTOR == 0
 
 
 @functools.partial(jax.jit, static_argnames=("eps", "interpret"))

@@ -15,6 +15,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.layouts import DTYPES
+
 PIECE = 1024
 """Elements of a block that a program copies: 16 bytes a thread where they have 16 bits."""
 
@@ -25,7 +27,7 @@ AT_ONCE = 8
 def fits(pools: Sequence[jax.Array]) -> bool:
     """Whether the kernel is made for these: alike, 16-bit, blocks of whole vectors. Only shapes and dtypes count."""
     kinds = {(p.shape, p.dtype.name) for p in pools}
-    return len(kinds) == 1 and all(n in ("bfloat16", "float16") and math.prod(s[1:]) % 256 == 0 for s, n in kinds)
+    return len(kinds) == 1 and all(n in DTYPES and math.prod(s[1:]) % 256 == 0 for s, n in kinds)
 
 
 @functools.partial(jax.jit, static_argnames=("null", "interpret"))

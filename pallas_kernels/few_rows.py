@@ -29,6 +29,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, scf, vector
 from jaxlib.mlir.dialects import math as mlir_math
 
+from pallas_kernels.layouts import DTYPES
 from pallas_kernels.scalars import const, i32, less, place, split, times
 
 ROWS = 32
@@ -43,7 +44,7 @@ WARP, GROUP, TILE = 32, 4, 16
 
 def fits(x: jax.Array, w: jax.Array) -> bool:
     """Whether the kernel is made for these: few rows, 16-bit, sides of whole products. Looks at shapes and dtypes."""
-    kind = x.dtype == w.dtype and x.dtype.name in ("bfloat16", "float16")
+    kind = x.dtype == w.dtype and x.dtype.name in DTYPES
     sides = w.shape[0] % TILE == 0 and w.shape[-1] % TILE == 0
     return kind and sides and x.shape[0] <= ROWS and math.prod(w.shape) < LIMIT
 

@@ -20,6 +20,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, vector
 
+from pallas_kernels.layouts import DTYPES
 from pallas_kernels.scalars import VECTOR, const, equal, i32, less, place, split, times
 
 
@@ -32,7 +33,7 @@ def apply_rope(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
 
 def fits(q: jax.Array, k_pool: jax.Array) -> bool:
     """Whether `turn_and_write` is made for these: 16-bit, halves of whole vectors. Looks at shapes and dtypes alone."""
-    return q.dtype == k_pool.dtype and q.dtype.name in ("bfloat16", "float16") and q.shape[-1] % (2 * VECTOR) == 0
+    return q.dtype == k_pool.dtype and q.dtype.name in DTYPES and q.shape[-1] % (2 * VECTOR) == 0
 
 
 @functools.partial(jax.jit, static_argnames=("interpret",))

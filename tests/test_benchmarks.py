@@ -27,6 +27,8 @@ def test_a_record_goes_to_the_folder_of_its_device(record, monkeypatch, tmp_path
     monkeypatch.setattr(record, "device", lambda: {"platform": kind if kind == "cpu" else "gpu", "kind": kind})
     monkeypatch.setattr(record, "machine", lambda: {"cpu": "Some CPU", "cores": 2})
     monkeypatch.setenv("PAXATTN_COMMIT", "0000000")
+    monkeypatch.setenv("XLA_FLAGS", "--some=1")
+    assert record.document("decode", [], method="none")["xla_flags"] == "--some=1"
     assert record.write("decode", [], method="none") == tmp_path / folder / "decode.json"
     assert record.write("scaling", [], method="none", devices=2) == tmp_path / f"{folder}x2" / "scaling.json"
 

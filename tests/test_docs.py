@@ -124,3 +124,12 @@ def test_the_drafter_of_the_architecture_guesses_and_changes_no_token():
 @pytest.mark.parametrize("page", sorted((ROOT / "docs" / "howto").glob("*.md")), ids=lambda p: p.stem)
 def test_python_of_a_howto_runs(page):
     exec("\n".join(blocks(page.read_text("utf-8"), "python")), {"__name__": "__main__"})
+
+
+def test_flags_that_the_documents_set_are_known():
+    """XLA ends a process that sets one it does not know."""
+    texts = [page.read_text("utf-8") for page in DOCUMENTS]
+    flags = [value for text in texts for value in re.findall(r"^export XLA_FLAGS=(.*)$", text, re.M)]
+    assert len(flags) >= 2
+    for value in flags:
+        run("env", f"XLA_FLAGS={value.strip('"')}", sys.executable, "-c", "import jax; jax.devices()")

@@ -79,7 +79,7 @@ def test_how_many_sizes_the_last_copies_have_does_not_show(count):
     case, rest, few = HOPPER_CASES["decode-block-128"], {}, {}
     if not mosaic.on_hopper():
         case, rest, few = TINY_CASES["decode-soft-cap"], {"interpret": RACES}, {"num_sms": 2}
-    run = functools.partial(mosaic.run, max_queries=1, **case.options | {"scale": case.head_dim**-0.5} | rest)
+    run = functools.partial(mosaic.run, **case.all_options | rest)
     arrays = [*map(jnp.asarray, arrays_of(case))]
     got, want = (run(*arrays, sizes={"tail_sizes": n, **few}) for n in (count, 8))
     jax.tree.map(np.testing.assert_array_equal, got, want)
