@@ -17,6 +17,7 @@ rows it splits the products of small matrices in two kernels.
 
 import dataclasses
 import functools
+import itertools
 import math
 
 import jax
@@ -38,8 +39,8 @@ ROWS = 32
 LIMIT = 10_000_000
 """Numbers of a matrix from which on XLA multiplies it at least as fast."""
 
-WARP, GROUP, TILE = 32, 4, 16
-"""Threads; lanes that share columns; rows of x, and of W, in a product."""
+WARP, GROUP, TILE, HALF = 32, 4, 16, 8
+"""Threads; lanes that share columns; rows of x, and of W, in a product; rows of x that lie in one register of it."""
 
 
 def fits(x: jax.Array, w: jax.Array) -> bool:
@@ -61,14 +62,19 @@ class Sizes:
     warps: int  # of a block
 
     @property
-    def tiles(self) -> int:
-        """Of rows of x."""
-        return -(-self.rows // TILE)
+    def halves(self) -> int:
+        """Of tiles of x that have rows."""
+        return -(-self.rows // HALF)
 
     @property
     def columns(self) -> int:
         """Of a block, each way."""
         return self.vector * WARP // GROUP
+
+    @property
+    def pairs(self) -> int:
+        """Of sums that a lane has, each way: two columns of a row."""
+        return self.halves * self.vector
 
     @property
     def unroll(self) -> int:
@@ -77,9 +83,9 @@ class Sizes:
 
 
 def sizes_of(rows: int, depth: int, width: int, ways: int) -> Sizes:
-    """The measured best."""
-    wide = next(v for v in (8, 4, 2) if width % (8 * v) == 0 and (v == 2 or width // (8 * v) * ways >= 96))
-    return Sizes(rows, depth, width, ways, max(wide // ways, 2), 16 if depth >= 2048 and rows <= TILE else 8)
+    """The measured best. Warps share out the rows of W, so their number does not depend on those of x."""
+    wide = next(v for v in (8, 4, 2) if width % (8 * v) == 0 and (v == 2 or width // (8 * v) * ways >= 64))
+    return Sizes(rows, depth, width, ways, max(wide // ways, 2), 16 if depth >= 2048 else 8)
 
 
 @functools.partial(jax.jit, static_argnames=("gated", "sizes", "interpret"))
@@ -103,7 +109,7 @@ def few_rows(x, w, *, gated: bool = False, sizes: Sizes | None = None, interpret
         else:
             _block(s, block, x_ref, w_ref, y_ref, *scratch)
 
-    sums = plgpu.SMEM((s.warps, s.ways, s.tiles * TILE, s.columns), jnp.float32)
+    sums = plgpu.SMEM((s.warps, s.ways, s.pairs, 2 * WARP), jnp.float32)
     y = plgpu.kernel(
         body,
         out_type=jax.ShapeDtypeStruct((rows, s.width), x.dtype),
@@ -142,49 +148,48 @@ def _block(s: Sizes, block, x, w, y, sums) -> None:
         near = arith.addi(start, times(group, s.vector))
 
         def load(step):
-            """A warp's tile of W as operands of products [ways][V], and that of X [tiles]."""
+            """A warp's tile of W [ways][4 rows], and that of X [halves]."""
             row = arith.addi(times(step, TILE), times(quad, 4))
             columns = [place(arith.addi(near, const(way * s.width))) for way in range(s.ways)]
             at = [place(arith.addi(row, const(i))) for i in range(4)]
             read = ir.VectorType.get((s.vector,), element)
             values = [[vector.load(read, w, [r, column]) for r in at] for column in columns]
             few = ir.VectorType.get((4,), element)
-            tokens = [arith.addi(group, const(8 * half)) for half in range(2 * s.tiles)]
-            pieces = []
-            for half, token in enumerate(tokens):
-                inside = None if 8 * (half + 1) <= s.rows else less(token, s.rows)
-                token = token if inside is None else arith.select(inside, token, const(0))
-                piece = vector.load(few, x, [place(token), at[0]])
-                pieces.append(piece if inside is None else arith.select(inside, piece, utils.c(0.0, few)))
+            pieces = [utils.c(0.0, few)] * (s.halves + s.halves % 2)
+            for half in range(s.halves):
+                token = arith.addi(group, const(HALF * half))
+                if HALF * (half + 1) <= s.rows:
+                    pieces[half] = vector.load(few, x, [place(token), at[0]])
+                else:
+                    inside = less(token, s.rows)
+                    piece = vector.load(few, x, [place(arith.select(inside, token, const(0))), at[0]])
+                    pieces[half] = arith.select(inside, piece, pieces[half])
             return values, pieces
 
         mine = _sums_of_a_warp(s, load, warp, str(element))
         pair = ir.VectorType.get((2,), ir.F32Type.get())
-        for way in range(s.ways):
-            for tile in range(s.tiles):
-                for half in range(2):
-                    token = arith.addi(group, const(TILE * tile + 8 * half))
-                    at = [place(warp), place(const(way)), place(token)]
-                    # Of product j a lane has two of 8 slots: the columns 2 quad V + j and (2 quad + 1) V + j.
-                    run_of = [mine[way][tile][j][2 * half + e] for e in range(2) for j in range(s.vector)]
-                    for j in range(0, 2 * s.vector, 2):
-                        column = arith.addi(times(quad, 2 * s.vector), const(j))
-                        vector.store(vector.from_elements(pair, run_of[j : j + 2]), sums, [*at, place(column)])
+        far = times(lane, 2)
+        for way, half in itertools.product(range(s.ways), range(s.halves)):
+            # Of product j a lane has two of 8 slots: the columns 2 quad V + j and (2 quad + 1) V + j.
+            products = mine[way][half // 2]
+            run_of = [products[j][2 * (half % 2) + slot] for slot in range(2) for j in range(s.vector)]
+            for i in range(s.vector):
+                at = [place(warp), place(const(way)), place(const(half * s.vector + i)), place(far)]
+                vector.store(vector.from_elements(pair, run_of[2 * i : 2 * i + 2]), sums, at)
         gpu.barrier()
-        pairs = s.columns // 2
-        for first in range(0, s.rows * pairs, s.warps * WARP):
-            task = arith.addi(thread, const(first))
-            with utils.when(less(task, s.rows * pairs)):
-                token, column = split(task, pairs)
-                column = times(column, 2)
+        for first in range(0, s.pairs, s.warps):  # a warp adds up a pair of each lane
+            which = arith.addi(warp, const(first))
+            half, i = split(which, s.vector)
+            token = arith.addi(times(half, HALF), group)
+            with utils.when(arith.andi(less(which, s.pairs), less(token, s.rows))):
 
-                def total(way, token=token, column=column):
-                    at = [place(const(way)), place(token), place(column)]
-                    parts = [vector.load(pair, sums, [place(const(i)), *at]) for i in range(s.warps)]
-                    return functools.reduce(arith.addf, parts)
+                def total(way, which=which):
+                    parts = [[place(const(w)), place(const(way)), place(which), place(far)] for w in range(s.warps)]
+                    return functools.reduce(arith.addf, [vector.load(pair, sums, at) for at in parts])
 
                 result = total(0) if s.ways == 1 else arith.mulf(_silu(total(0)), total(1))
                 rounded = arith.truncf(ir.VectorType.get((2,), element), result)
+                column = arith.addi(times(quad, 2 * s.vector), times(i, 2))
                 vector.store(rounded, y, [place(token), place(arith.addi(start, column))])
 
     run(x, w, y, sums, jnp.asarray(block, jnp.int32))  # pyright: ignore[reportCallIssue]
@@ -202,7 +207,7 @@ def _sums_of_a_warp(s: Sizes, load, warp, element: str) -> list:
         for i, (values, pieces) in enumerate([load(step) for step in steps]):
             if ragged and i == count - 1:
                 pieces = [arith.select(inside, piece, utils.c(0.0, piece.type)) for piece in pieces]
-            tiles = [_pairs(pieces[2 * m : 2 * m + 2]) for m in range(s.tiles)]
+            tiles = [_pairs(pieces[m : m + 2]) for m in range(0, s.halves, 2)]
             accs = [
                 [
                     [_product(acc, tile, _column(vectors, j), element) for j, acc in enumerate(each)]
@@ -213,7 +218,7 @@ def _sums_of_a_warp(s: Sizes, load, warp, element: str) -> list:
         return accs
 
     zero = utils.c(0.0, ir.F32Type.get())
-    accs = [[[(zero,) * 4] * s.vector for _ in range(s.tiles)] for _ in range(s.ways)]
+    accs = [[[(zero,) * 4] * s.vector for _ in range(0, s.halves, 2)] for _ in range(s.ways)]
     flat, shape = jax.tree.flatten(accs)
     step = s.unroll * s.warps
     loops, left = divmod(s.depth // TILE, step)

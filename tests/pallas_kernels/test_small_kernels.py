@@ -148,6 +148,16 @@ def test_few_rows_is_a_product(interpret, shape, dtype, rows):
         assert not np.isclose(np.asarray(y, np.float64), less, rtol=unit, atol=1e-5).reshape(rows, -1).all(axis=1).any()
 
 
+@on_hopper
+@pytest.mark.parametrize("shape", PRODUCT_SHAPES.keys())
+def test_a_row_times_a_matrix_is_the_same_bits_in_any_company(shape):
+    gate, shape = shape.endswith("gate"), PRODUCT_SHAPES[shape]
+    x, w = normal(0, 32, shape[0]), normal(1, *shape)
+    together = np.asarray(few_rows(x, w, gated=gate), np.float32)
+    for rows in (slice(0, 1), slice(31, 32), slice(7, 12), slice(3, 20)):
+        np.testing.assert_array_equal(np.asarray(few_rows(x[rows], w, gated=gate), np.float32), together[rows])
+
+
 @pytest.mark.parametrize("rows", [1, 32])
 @pytest.mark.parametrize("shape", PRODUCT_SHAPES.keys())
 def test_few_rows_lowers(shape, rows):
