@@ -3,12 +3,12 @@
     W [K, N]          8 V columns of a block       a warp: 16 rows at a time, every `warps`-th of them
     rows 4 q .. 4 q + 3   | g = 0 | g = 1 | ... | g = 7 |      lane 4 g + q: V columns of 4 rows, straight from memory
                           | V     | V     |     |       |
-    X [T, K]          lane 4 g + q: the same 4 columns of rows g and g + 8
+    X [T, K]          lane 4 g + q: the same 4 columns of rows g, g + 8 ..
 
-    sums: a warp's in registers, by matrix products of 16 x 16 x 8; warps' through shared memory --> y [T, N]
+    sums: a warp's in registers, by products of 16 columns, 16 rows, 8 of x; warps' through shared memory --> y [T, N]
 
 A sum does not mind its order, so rows of W stand in a product as they are read best: whole vectors a lane, and
-column j of each vector is product j. No block waits for another, and no second kernel adds up parts.
+columns 2 j and 2 j + 1 of each vector are product j. No block waits for another, and no second kernel adds up parts.
 
 XLA takes a row times fewer than ten million numbers for a reduction. It reads them at half of memory's speed, wants
 some transposed, a copy of the weights, and of others writes all products to memory first, rounded to 16 bits. Of a few
@@ -36,18 +36,19 @@ from pallas_kernels.scalars import const, i32, less, place, split, times
 ROWS = 32
 """Of x, at most."""
 
-LIMIT = 10_000_000
-"""Numbers of a matrix from which on XLA multiplies it at least as fast."""
+LIMITS = {1: 10_000_000, ROWS: 8_000_000}
+"""Numbers of a matrix from which on XLA multiplies it at least as fast, for so many rows or fewer."""
 
-WARP, GROUP, TILE, HALF = 32, 4, 16, 8
-"""Threads; lanes that share columns; rows of x, and of W, in a product; rows of x that lie in one register of it."""
+WARP, GROUP, TILE, OCTET = 32, 4, 16, 8
+"""Threads; lanes that share columns; rows of W, and of x, in a product."""
 
 
 def fits(x: jax.Array, w: jax.Array) -> bool:
     """Whether the kernel is made for these: few rows, 16-bit, sides of whole products. Looks at shapes and dtypes."""
     kind = x.dtype == w.dtype and x.dtype.name in DTYPES
     sides = w.shape[0] % TILE == 0 and w.shape[-1] % TILE == 0
-    return kind and sides and x.shape[0] <= ROWS and math.prod(w.shape) < LIMIT
+    limit = next((numbers for rows, numbers in LIMITS.items() if x.shape[0] <= rows), 0)
+    return kind and sides and math.prod(w.shape) < limit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,9 +63,9 @@ class Sizes:
     warps: int  # of a block
 
     @property
-    def halves(self) -> int:
-        """Of tiles of x that have rows."""
-        return -(-self.rows // HALF)
+    def octets(self) -> int:
+        """Of rows of x."""
+        return -(-self.rows // OCTET)
 
     @property
     def columns(self) -> int:
@@ -74,7 +75,7 @@ class Sizes:
     @property
     def pairs(self) -> int:
         """Of sums that a lane has, each way: two columns of a row."""
-        return self.halves * self.vector
+        return self.octets * self.vector
 
     @property
     def unroll(self) -> int:
@@ -84,8 +85,8 @@ class Sizes:
 
 def sizes_of(rows: int, depth: int, width: int, ways: int) -> Sizes:
     """The measured best. Warps share out the rows of W, so their number does not depend on those of x."""
-    wide = next(v for v in (8, 4, 2) if width % (8 * v) == 0 and (v == 2 or width // (8 * v) * ways >= 64))
-    return Sizes(rows, depth, width, ways, max(wide // ways, 2), 16 if depth >= 2048 else 8)
+    many = ways == 1 and width % 32 == 0 and width >= 64 * 32
+    return Sizes(rows, depth, width, ways, vector=4 if many else 2, warps=16 if depth >= 2048 else 8)
 
 
 @functools.partial(jax.jit, static_argnames=("gated", "sizes", "interpret"))
@@ -148,39 +149,35 @@ def _block(s: Sizes, block, x, w, y, sums) -> None:
         near = arith.addi(start, times(group, s.vector))
 
         def load(step):
-            """A warp's tile of W [ways][4 rows], and that of X [halves]."""
+            """A warp's tile of W [ways][4 rows], and that of X [octets]."""
             row = arith.addi(times(step, TILE), times(quad, 4))
             columns = [place(arith.addi(near, const(way * s.width))) for way in range(s.ways)]
             at = [place(arith.addi(row, const(i))) for i in range(4)]
             read = ir.VectorType.get((s.vector,), element)
             values = [[vector.load(read, w, [r, column]) for r in at] for column in columns]
             few = ir.VectorType.get((4,), element)
-            pieces = [utils.c(0.0, few)] * (s.halves + s.halves % 2)
-            for half in range(s.halves):
-                token = arith.addi(group, const(HALF * half))
-                if HALF * (half + 1) <= s.rows:
-                    pieces[half] = vector.load(few, x, [place(token), at[0]])
-                else:
-                    inside = less(token, s.rows)
-                    piece = vector.load(few, x, [place(arith.select(inside, token, const(0))), at[0]])
-                    pieces[half] = arith.select(inside, piece, pieces[half])
+            pieces = []
+            for octet in range(s.octets):
+                token = arith.addi(group, const(OCTET * octet))
+                inside = None if OCTET * (octet + 1) <= s.rows else less(token, s.rows)
+                token = token if inside is None else arith.select(inside, token, const(0))
+                piece = vector.load(few, x, [place(token), at[0]])
+                pieces.append(piece if inside is None else arith.select(inside, piece, utils.c(0.0, few)))
             return values, pieces
 
         mine = _sums_of_a_warp(s, load, warp, str(element))
         pair = ir.VectorType.get((2,), ir.F32Type.get())
         far = times(lane, 2)
-        for way, half in itertools.product(range(s.ways), range(s.halves)):
-            # Of product j a lane has two of 8 slots: the columns 2 quad V + j and (2 quad + 1) V + j.
-            products = mine[way][half // 2]
-            run_of = [products[j][2 * (half % 2) + slot] for slot in range(2) for j in range(s.vector)]
-            for i in range(s.vector):
-                at = [place(warp), place(const(way)), place(const(half * s.vector + i)), place(far)]
-                vector.store(vector.from_elements(pair, run_of[2 * i : 2 * i + 2]), sums, at)
+        for way, octet, j in itertools.product(range(s.ways), range(s.octets), range(s.vector // 2)):
+            sum_of = mine[way][octet][j]  # [2 columns][2 rows of x]
+            for row in range(2):
+                at = [place(warp), place(const(way)), place(const(octet * s.vector + 2 * j + row)), place(far)]
+                vector.store(vector.from_elements(pair, [sum_of[row], sum_of[2 + row]]), sums, at)
         gpu.barrier()
         for first in range(0, s.pairs, s.warps):  # a warp adds up a pair of each lane
             which = arith.addi(warp, const(first))
-            half, i = split(which, s.vector)
-            token = arith.addi(times(half, HALF), group)
+            octet, (j, row) = split(which, s.vector)[0], split(arith.remui(which, const(s.vector)), 2)
+            token = arith.addi(times(octet, OCTET), arith.addi(times(quad, 2), row))
             with utils.when(arith.andi(less(which, s.pairs), less(token, s.rows))):
 
                 def total(way, which=which):
@@ -189,14 +186,13 @@ def _block(s: Sizes, block, x, w, y, sums) -> None:
 
                 result = total(0) if s.ways == 1 else arith.mulf(_silu(total(0)), total(1))
                 rounded = arith.truncf(ir.VectorType.get((2,), element), result)
-                column = arith.addi(times(quad, 2 * s.vector), times(i, 2))
-                vector.store(rounded, y, [place(token), place(arith.addi(start, column))])
+                vector.store(rounded, y, [place(token), place(arith.addi(near, times(j, 2)))])
 
     run(x, w, y, sums, jnp.asarray(block, jnp.int32))  # pyright: ignore[reportCallIssue]
 
 
 def _sums_of_a_warp(s: Sizes, load, warp, element: str) -> list:
-    """Sums over tiles warp, warp + warps .. of W: [ways][tiles][V] of four registers each."""
+    """Sums over tiles warp, warp + warps .. of W: [ways][octets][V / 2] of four registers each."""
 
     def add(accs, start, count, *, ragged=False):
         """Accs + `count` tiles of W; the last one may lie past the end."""
@@ -207,18 +203,16 @@ def _sums_of_a_warp(s: Sizes, load, warp, element: str) -> list:
         for i, (values, pieces) in enumerate([load(step) for step in steps]):
             if ragged and i == count - 1:
                 pieces = [arith.select(inside, piece, utils.c(0.0, piece.type)) for piece in pieces]
-            tiles = [_pairs(pieces[m : m + 2]) for m in range(0, s.halves, 2)]
-            accs = [
-                [
-                    [_product(acc, tile, _column(vectors, j), element) for j, acc in enumerate(each)]
-                    for each, tile in zip(way, tiles, strict=True)
-                ]
-                for way, vectors in zip(accs, values, strict=True)
-            ]
+            rights = [[_register(piece, piece, [c, c + 1]) for c in (0, 2)] for piece in pieces]
+            for sums, vectors in zip(accs, values, strict=True):
+                for j in range(s.vector // 2):
+                    left = _columns(vectors, j)
+                    for each, right in zip(sums, rights, strict=True):
+                        each[j] = _product(each[j], left, right, element)
         return accs
 
     zero = utils.c(0.0, ir.F32Type.get())
-    accs = [[[(zero,) * 4] * s.vector for _ in range(0, s.halves, 2)] for _ in range(s.ways)]
+    accs = [[[(zero,) * 4] * (s.vector // 2) for _ in range(s.octets)] for _ in range(s.ways)]
     flat, shape = jax.tree.flatten(accs)
     step = s.unroll * s.warps
     loops, left = divmod(s.depth // TILE, step)
@@ -234,15 +228,10 @@ def _sums_of_a_warp(s: Sizes, load, warp, element: str) -> list:
     return accs
 
 
-def _pairs(pieces) -> list:
-    """Two rows of x, 4 columns each, as the four registers of a product's left operand."""
-    return [_register(piece, piece, [c, c + 1]) for c in (0, 2) for piece in pieces]
-
-
-def _column(vectors, j: int) -> list:
-    """Column j of four rows of W as the two registers of a product's right operand."""
+def _columns(vectors, j: int) -> list:
+    """Columns 2 j and 2 j + 1 of four rows of W as the four registers of a product's left operand."""
     width = vectors[0].type.shape[0]
-    return [_register(vectors[i], vectors[i + 1], [j, width + j]) for i in (0, 2)]
+    return [_register(vectors[i], vectors[i + 1], [c, width + c]) for i in (0, 2) for c in (2 * j, 2 * j + 1)]
 
 
 def _register(a, b, which):

@@ -212,7 +212,7 @@ MUTANTS = (
     Mutant("mesh: answers in the order of the hands", "paxattn/mesh.py", "*x.shape[2:]).swapaxes(0, 1)", "*x.shape[2:])", MESH.format("generate (2, 4)")),
     Mutant("an idle token's key is written", "pallas_kernels/rope.py", "live = token < query_start_ref[query_start.size - 1]", "live = token >= 0", SMALL),
     Mutant("a key is written without its turn", "pallas_kernels/rope.py", "k_pool[block, kv_head, slot, :] = apply_rope(qkv[token, kv_head, group, :], angles)", "k_pool[block, kv_head, slot, :] = qkv[token, kv_head, group, :]", SMALL),
-    Mutant("a kernel for few rows is given many", "pallas_kernels/few_rows.py", "x.shape[0] <= ROWS and", "True and", SMALL),
+    Mutant("a kernel for few rows is given many", "pallas_kernels/few_rows.py", "if x.shape[0] <= rows), 0)", "), 0)", SMALL),
     Mutant("a gate lets all through", "pallas_kernels/few_rows.py", "jax.nn.silu(sums[0]) * sums[1]", "sums[1]", SMALL),
     Mutant("a name of XLA's means a row's product of ours", "models/layers.py", "if mosaic.chosen(attention) and few_rows.fits(x, w):\n        return few_rows.few_rows(x, w)\n", "if few_rows.fits(x, w):\n        return few_rows.few_rows(x, w)\n", SMALL),
     Mutant("a norm over the filled-up row", "pallas_kernels/add_norm.py", "jnp.sum(wide * wide) / embed", "jnp.sum(wide * wide) / width", SMALL),

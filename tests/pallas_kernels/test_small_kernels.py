@@ -21,7 +21,7 @@ from models.layers import rms_norm
 from pallas_kernels import mosaic
 from pallas_kernels.add_norm import add_norm
 from pallas_kernels.copy_blocks import copy_blocks
-from pallas_kernels.few_rows import LIMIT, few_rows, fits
+from pallas_kernels.few_rows import LIMITS, ROWS, few_rows, fits
 from pallas_kernels.rope import apply_rope, turn_and_write
 from tests.pallas_kernels.interpreter import RACES, on_cpu
 
@@ -171,7 +171,8 @@ def test_few_rows_lowers(shape, rows):
         ((33, 64), (64, 64)),  # more rows than few
         ((1, 64), (64, 24)),  # half a product
         ((1, 72), (72, 64)),
-        ((1, 2560), (2560, LIMIT // 2560 // 16 * 16 + 16)),  # XLA's own are as fast
+        ((1, 2560), (2560, LIMITS[1] // 2560 // 16 * 16 + 16)),  # XLA's own are as fast
+        ((2, 2560), (2560, LIMITS[ROWS] // 2560 // 16 * 16 + 16)),
     ],
 )
 def test_few_rows_is_not_for_all(x, w):
