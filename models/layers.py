@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from models.config import LlamaConfig
 from pallas_kernels import add_norm as norms
-from pallas_kernels import matvec, mosaic
+from pallas_kernels import few_rows, mosaic
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
@@ -32,16 +32,16 @@ def add_norm(
 
 
 def product(x: jax.Array, w: jax.Array, *, attention: str) -> jax.Array:
-    """X [T, K] times w [K, ...]; a lone token's by a kernel of its own where the attention named has kernels."""
-    if mosaic.chosen(attention) and matvec.fits(x, w):
-        return matvec.matvec(x, w)
+    """X [T, K] times w [K, ...]; those of few tokens by a kernel of its own where the attention named has kernels."""
+    if mosaic.chosen(attention) and few_rows.fits(x, w):
+        return few_rows.few_rows(x, w)
     return jnp.tensordot(x, w, 1)
 
 
 def gated(x: jax.Array, w: jax.Array, bias: jax.Array | None, *, attention: str) -> jax.Array:
     """silu(x gate) * (x up), where w [K, 2, F] holds gate and up, and bias [2, F] theirs (Shazeer 2020): [T, F]."""
-    if bias is None and mosaic.chosen(attention) and matvec.fits(x, w):
-        return matvec.matvec(x, w, gated=True)
+    if bias is None and mosaic.chosen(attention) and few_rows.fits(x, w):
+        return few_rows.few_rows(x, w, gated=True)
     both = product(x, w, attention=attention)
     both = both if bias is None else both + bias
     return jax.nn.silu(both[:, 0]) * both[:, 1]

@@ -1,4 +1,4 @@
-"""The small kernels of a step: add and norm, rope and write, a row times a matrix, copies of blocks.
+"""The small kernels of a step: add and norm, rope and write, few rows times a matrix, copies of blocks.
 
 anywhere    the bodies, interpreted, races looked for; every shape lowers to code for sm_90, pools aliased
 a Hopper    the real kernels: rope and copies to the bit, a norm and a product to the rounding of one sum
@@ -21,7 +21,7 @@ from models.layers import rms_norm
 from pallas_kernels import mosaic
 from pallas_kernels.add_norm import add_norm
 from pallas_kernels.copy_blocks import copy_blocks
-from pallas_kernels.matvec import LIMIT, fits, matvec
+from pallas_kernels.few_rows import LIMITS, ROWS, few_rows, fits
 from pallas_kernels.rope import apply_rope, turn_and_write
 from tests.pallas_kernels.interpreter import RACES, on_cpu
 
@@ -39,15 +39,15 @@ ROPE_SHAPES = {  # tokens, KV heads, query heads of each, head size, block size
 NORM_SHAPES = {"narrow": (3, 64), "135M": (3, 576), "1B": (32, 2048), "8B": (32, 4096), "long": (5, 1088)}
 
 PRODUCT_SHAPES = {  # of the matrix; [K, 2, N] with a gate
-    "a vector": (40, 8),
-    "ragged": (300, 72),
-    "ragged-gate": (300, 2, 72),
+    "one product": (16, 16),
+    "ragged": (304, 80),
+    "ragged-gate": (304, 2, 80),
     "135M-qkv": (576, 3, 5, 64),
     "135M-gate": (576, 2, 1536),
     "135M-down": (1536, 576),
     "1B-qkv": (2048, 8, 6, 64),
     "1B-out": (2048, 2048),
-    "long": (3000, 2056),
+    "long": (2992, 2064),
     "long-gate": (2048, 2, 2048),
 }
 
@@ -121,43 +121,61 @@ def by_hand(x, w, gate):
 
 
 @pytest.mark.parametrize(
-    ("interpret", "shape", "dtype"),
+    ("interpret", "shape", "dtype", "rows"),
     [
         *(
-            pytest.param(RACES, s, jnp.bfloat16, marks=on_cpu, id=f"interpreted-{s}")
-            for s in ("a vector", "ragged", "ragged-gate")
+            pytest.param(RACES, s, jnp.bfloat16, n, marks=on_cpu, id=f"interpreted-{s}-{n}")
+            for s, n in (("one product", 1), ("ragged", 5), ("ragged-gate", 17))
         ),
-        *(pytest.param(None, s, d, marks=on_hopper) for s in PRODUCT_SHAPES for d in (jnp.bfloat16, jnp.float16)),
+        *(
+            pytest.param(None, s, d, n, marks=on_hopper)
+            for s in PRODUCT_SHAPES
+            for d in (jnp.bfloat16, jnp.float16)
+            for n in (1, 5, 16, 25, 32)
+        ),
     ],
 )
-def test_matvec_is_a_product(interpret, shape, dtype):
+def test_few_rows_is_a_product(interpret, shape, dtype, rows):
     gate, shape = shape.endswith("gate"), PRODUCT_SHAPES[shape]
-    x, w = normal(0, 1, shape[0], dtype=dtype), normal(1, *shape, dtype=dtype) * dtype(shape[0] ** -0.5)
+    x, w = normal(0, rows, shape[0], dtype=dtype), normal(1, *shape, dtype=dtype) * dtype(shape[0] ** -0.5)
     assert fits(x, w)
-    y, want = matvec(x, w, gated=gate, interpret=interpret), by_hand(x, w, gate)
+    y, want = few_rows(x, w, gated=gate, interpret=interpret), by_hand(x, w, gate)
     assert y.shape == want.shape
     unit = float(jnp.finfo(dtype).eps)
     np.testing.assert_allclose(np.asarray(y, np.float64), want, rtol=unit, atol=1e-5)  # rounded once
-    for row in (0, -1):  # and no row less
-        less = by_hand(x.at[0, row].set(0), w, gate)
-        assert not np.allclose(np.asarray(y, np.float64), less, rtol=unit, atol=1e-5)
+    for row in (0, -1):  # and no row of the matrix less, for any of x
+        less = by_hand(x.at[:, row].set(0), w, gate)
+        assert not np.isclose(np.asarray(y, np.float64), less, rtol=unit, atol=1e-5).reshape(rows, -1).all(axis=1).any()
 
 
+@on_hopper
 @pytest.mark.parametrize("shape", PRODUCT_SHAPES.keys())
-def test_matvec_lowers(shape):
-    call = functools.partial(matvec, gated=shape.endswith("gate"))
-    assert "mosaic_gpu" in lowered(call, normal(0, 1, PRODUCT_SHAPES[shape][0]), normal(1, *PRODUCT_SHAPES[shape]))
+def test_a_row_times_a_matrix_is_the_same_bits_in_any_company(shape):
+    gate, shape = shape.endswith("gate"), PRODUCT_SHAPES[shape]
+    x, w = normal(0, 32, shape[0]), normal(1, *shape)
+    together = np.asarray(few_rows(x, w, gated=gate), np.float32)
+    for rows in (slice(0, 1), slice(31, 32), slice(7, 12), slice(3, 20)):
+        np.testing.assert_array_equal(np.asarray(few_rows(x[rows], w, gated=gate), np.float32), together[rows])
+
+
+@pytest.mark.parametrize("rows", [1, 32])
+@pytest.mark.parametrize("shape", PRODUCT_SHAPES.keys())
+def test_few_rows_lowers(shape, rows):
+    call = functools.partial(few_rows, gated=shape.endswith("gate"))
+    assert "mosaic_gpu" in lowered(call, normal(0, rows, PRODUCT_SHAPES[shape][0]), normal(1, *PRODUCT_SHAPES[shape]))
 
 
 @pytest.mark.parametrize(
     ("x", "w"),
     [
-        ((2, 64), (64, 64)),  # more rows than one
-        ((1, 64), (64, 4)),  # half a vector
-        ((1, 2500), (2500, LIMIT // 2500)),  # XLA's own are as fast
+        ((33, 64), (64, 64)),  # more rows than few
+        ((1, 64), (64, 24)),  # half a product
+        ((1, 72), (72, 64)),
+        ((1, 2560), (2560, LIMITS[1] // 2560 // 16 * 16 + 16)),  # XLA's own are as fast
+        ((2, 2560), (2560, LIMITS[ROWS] // 2560 // 16 * 16 + 16)),
     ],
 )
-def test_matvec_is_not_for_all(x, w):
+def test_few_rows_is_not_for_all(x, w):
     x, w = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in (x, w))
     assert not fits(x, w)
     assert not fits(jax.ShapeDtypeStruct((1, 64), jnp.float32), jax.ShapeDtypeStruct((64, 64), jnp.float32))
@@ -215,10 +233,12 @@ CONFIG = LlamaConfig(
 
 
 def kernels_of_a_step(attention, *, rows=2):
-    """Which kernels of Mosaic a step of a small model has: add and norm, rope and write, a row times a matrix, any."""
+    """Which kernels of Mosaic a step of a small model has: add and norm, rope and write, products, any."""
     jax.clear_caches()
     model = models.random_llama(CONFIG, jax.random.key(0), "bfloat16")
-    cache = pax.Cache.create(model.cache_spec, num_blocks=5, block_size=8, max_num_seqs=rows, max_model_len=16)
+    cache = pax.Cache.create(
+        model.cache_spec, num_blocks=1 + 2 * rows, block_size=8, max_num_seqs=rows, max_model_len=16
+    )
 
     def step(model, cache, count, tokens):
         cache, plan, _ = pax.extend(cache, count, budget=rows, attention=attention)
@@ -226,14 +246,14 @@ def kernels_of_a_step(attention, *, rows=2):
 
     ones = jnp.ones(rows, jnp.int32)
     lowered_once = lowered(step, model, cache, ones, ones)
-    names = "call @add_norm", "call @turn_and_write", "call @matvec", "mosaic_gpu"
+    names = "call @add_norm", "call @turn_and_write", "call @few_rows", "mosaic_gpu"
     return tuple(name in lowered_once for name in names)
 
 
 def test_a_name_decides_about_the_small_kernels_too(monkeypatch):
     here = mosaic.on_hopper()
-    assert kernels_of_a_step("auto") == (here, here, False, here)
+    assert kernels_of_a_step("auto") == (here, here, here, here)
     monkeypatch.setattr(mosaic, "on_hopper", lambda: True)
-    assert kernels_of_a_step("auto") == (True, True, False, True)
-    assert kernels_of_a_step("auto", rows=1) == (True, True, True, True)
-    assert kernels_of_a_step("xla", rows=1) == (False, False, False, False)
+    assert kernels_of_a_step("auto") == (True, True, True, True)
+    assert kernels_of_a_step("auto", rows=40) == (True, True, False, True)
+    assert kernels_of_a_step("xla") == (False, False, False, False)
