@@ -48,7 +48,7 @@ PRODUCT_SHAPES = {  # of the matrix; [K, 2, N] with a gate
     "1B-qkv": (2048, 8, 6, 64),
     "1B-out": (2048, 2048),
     "long": (2992, 2064),
-    "long-gate": (2048, 2, 2048),
+    "long-gate": (2048, 2, 1936),
 }
 
 
