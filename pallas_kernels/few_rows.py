@@ -11,7 +11,7 @@ A sum does not mind its order, so rows of W stand in a product as they are read 
 columns 2 j and 2 j + 1 of each vector are product j. No block waits for another, and no second kernel adds up parts.
 
 XLA takes a row times fewer than ten million numbers for a reduction. It reads them at half of memory's speed, wants
-some transposed, a copy of the weights, and of others writes all products to memory first, rounded to 16 bits. Of a few
+some transposed, a copy of the weights, and of others writes all products to memory first, rounded to 16 bits. Of more
 rows it splits the products of small matrices in two kernels.
 """
 
@@ -36,7 +36,7 @@ from pallas_kernels.scalars import const, i32, less, place, split, times
 ROWS = 32
 """Of x, at most."""
 
-LIMITS = {1: 10_000_000, ROWS: 8_000_000}
+LIMITS = {1: 10_000_000, ROWS: 2_000_000}
 """Numbers of a matrix from which on XLA multiplies it at least as fast, for so many rows or fewer."""
 
 WARP, GROUP, TILE, OCTET = 32, 4, 16, 8
