@@ -37,7 +37,7 @@ ROWS = 32
 """Of x, at most."""
 
 LIMITS = {1: 10_000_000, ROWS: 2_000_000}
-"""Numbers of a matrix from which on XLA multiplies it at least as fast, for so many rows or fewer."""
+"""For so many rows or fewer: numbers of a matrix from which on XLA is as fast in a step, or nothing was measured."""
 
 WARP, GROUP, TILE, OCTET = 32, 4, 16, 8
 """Threads; lanes that share columns; rows of W, and of x, in a product."""
