@@ -156,7 +156,7 @@ def main() -> None:
             print(
                 f"{name:5} {num_rows:4} x {prompt:<5} {ms:7.3f} ms a step (vLLM {vllm_ms:.3f}, {vllm_ms / ms:.2f}x, "
                 f"floor {row['floor_ms']:.2f})   prefill {rate:9,.0f} tok/s ({rate / vllm_rate:.2f}x, "
-                f"{1e3 * row['prefill_seconds'][-1]:.2f} ms, {sum(row['prefill_kernels_ms'].values()):.2f} in kernels)"
+                f"{1e3 * num_rows * prompt / rate:.2f} ms, {sum(row['prefill_kernels_ms'].values()):.2f} in kernels)"
                 f"   [{time.perf_counter() - began:.0f} s]",
                 flush=True,
             )

@@ -53,8 +53,8 @@ many a decode step has, counted in the compiled text: two all-reduces a layer an
 gather of 3 numbers a row. kernels_ms, collectives_ms: a step of one more run, under the profiler, what a GPU spends in
 kernels and in those of the collectives, which also wait for the other GPU. times: one device's time / this time.
 """
-OWN = "xla_gpu_unsupported_use_all_reduce_one_shot_kernel"
-WAYS = {"": {OWN: True}, "nccl_": {OWN: False}}  # options of the compiler, by what their keys begin with
+OWN = "xla_gpu_experimental_use_collective_kernels"
+WAYS = {"": {OWN: "COLLECTIVE_KERNEL_ALL_REDUCE"}, "nccl_": {OWN: ""}}  # of the compiler, by what their keys begin with
 COLLECTIVES = r" (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
 COLLECTIVE_KERNELS = "nccl|psum|all_?(reduce|gather)"
 

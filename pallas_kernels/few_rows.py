@@ -176,7 +176,8 @@ def _block(s: Sizes, block, x, w, y, sums) -> None:
         gpu.barrier()
         for first in range(0, s.pairs, s.warps):  # a warp adds up a pair of each lane
             which = arith.addi(warp, const(first))
-            octet, (j, row) = split(which, s.vector)[0], split(arith.remui(which, const(s.vector)), 2)
+            octet, rest = split(which, s.vector)
+            j, row = split(rest, 2)
             token = arith.addi(times(octet, OCTET), arith.addi(times(quad, 2), row))
             with utils.when(arith.andi(less(which, s.pairs), less(token, s.rows))):
 
